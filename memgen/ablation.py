@@ -1,4 +1,4 @@
-"""Ablations of latent memory: filters for `Request.keep_memory` that drop some events."""
+"""Ablations of latent memory: filters for `Request.keep_memory` that drop selected memories."""
 
 import dataclasses
 from typing import Literal
@@ -14,23 +14,24 @@ from memgen.short_repr import ShortRepr
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, repr=False)
 class ClusterAblation(ShortRepr):
-    """Filter for `keep_memory` that drops the memories of one cluster.
+    """Filter for `Request.keep_memory` that drops the memories of one cluster.
 
-    The rule "nearest" drops a memory if its mean latent is closer to the cluster's centroid than
-    `1 - margin` times its distance to every other centroid. The rule "paper" pools all centroids
-    and token embeddings, and drops a memory if the cluster's centroid is among the `neighbours`
-    members of the pool with the highest cosine to its mean latent. Where latents lie far from all
-    embeddings, every centroid is among them, so nearly all memories are dropped whatever the
-    cluster. Under either rule, compare the effect with a `CountMatchedControl`.
+    A memory is the group of latents that one event inserts. The rule "nearest" drops a memory if
+    the distance of its mean latent to the cluster's centroid is below `1 - margin` times the
+    distance to every other centroid. The rule "paper" pools all centroids and token embeddings, and
+    drops a memory if the cluster's centroid is among the `neighbours` pool members with the highest
+    cosine similarity to the mean latent. If latents lie far from all embeddings, every centroid is
+    among these neighbours, so the rule "paper" drops nearly all memories, whichever cluster is
+    chosen. Under either rule, compare the effect with a `CountMatchedControl`.
 
     Attributes:
-        centroids: `[C, D]` float32 centroids (`Clusters.centroids`).
+        centroids: `[C, D]` float32 centroids of all `C` clusters (`Clusters.centroids`).
         cluster: Index of the cluster to drop, an int32 scalar.
-        margin: Margin of the rule "nearest", a float32 scalar; 0 drops what k-means would assign to
-            the cluster.
+        margin: Margin of the rule "nearest", a float32 scalar. A margin of 0 drops the memories
+            that k-means would assign to the cluster.
         embeddings: `[V, D]` float32 token embeddings of the reasoner for the rule "paper"; None
             for the rule "nearest".
-        neighbours: Number of nearest neighbours that the rule "paper" looks at (static).
+        neighbours: Number of nearest neighbours that the rule "paper" considers (static).
     """
 
     centroids: jax.Array
@@ -57,9 +58,9 @@ class ClusterAblation(ShortRepr):
             cluster: Index of the cluster to drop.
             margin: Margin of the rule "nearest", from 0 to 1.
             rule: Rule that decides whether a memory belongs to the cluster: "nearest" or "paper".
-            embeddings: `[V, D]` token embeddings of the reasoner; required by the rule "paper" and
-                refused by the rule "nearest".
-            neighbours: Number of nearest neighbours that the rule "paper" looks at.
+            embeddings: `[V, D]` token embeddings of the reasoner, required by the rule "paper".
+                The rule "nearest" requires None.
+            neighbours: Number of nearest neighbours that the rule "paper" considers.
 
         Raises:
             ValueError: The cluster or the rule does not exist, the margin is outside of [0, 1], or
@@ -85,7 +86,7 @@ class ClusterAblation(ShortRepr):
         """Decide which memories to keep.
 
         Args:
-            latents: `[B, K, D]` latents of each memory.
+            latents: `[B, K, D]` latents of `B` memories with `K` latent slots each.
             valid: `[B, K]` bool, True for real latents and False for unused slots.
             keys: Unused; the filter is deterministic.
 
@@ -105,7 +106,7 @@ class ClusterAblation(ShortRepr):
         return own >= (1 - self.margin) * other
 
     def drop_rate(self, memories: Memories) -> float:
-        """Fraction of recorded memories that the filter drops."""
+        """Return the fraction of recorded memories that the filter drops."""
         keys = jax.random.split(jax.random.key(0), len(memories.latents))
         kept = self(jnp.asarray(memories.latents), jnp.asarray(memories.valid), keys)
         return float(1 - kept.mean())
@@ -114,14 +115,15 @@ class ClusterAblation(ShortRepr):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, repr=False)
 class CountMatchedControl(ShortRepr):
-    """Filter for `keep_memory` that drops memories at random, as many as an ablation on average.
+    """Filter for `Request.keep_memory` that drops memories at random with a fixed probability.
 
-    The control shows the effect of losing arbitrary memories. Only the part of an ablation's effect
-    that exceeds the effect of the control is due to the cluster.
+    The filter is a control for a `ClusterAblation` that drops the same fraction of memories. It
+    shows the effect of losing arbitrary memories: only the part of the ablation's effect that
+    exceeds the control's effect is due to the cluster.
 
     Attributes:
-        rate: Probability of dropping a memory, a float32 scalar. To match an ablation, set it to
-            `ClusterAblation.drop_rate` of memories that were recorded without ablation.
+        rate: Probability of dropping a memory, a float32 scalar. To match an ablation, set `rate`
+            to the ablation's `drop_rate` of memories that were recorded without any filter.
     """
 
     rate: jax.Array
@@ -134,5 +136,5 @@ class CountMatchedControl(ShortRepr):
         return cls(jnp.float32(rate))
 
     def __call__(self, latents: jax.Array, valid: jax.Array, keys: jax.Array) -> jax.Array:
-        """Return `[B]` bool, True for memories to keep: one random draw per key of `keys [B]`."""
+        """Draw which of `B` memories to keep, `[B]` bool, with one PRNG key of `keys` for each."""
         return jax.vmap(jax.random.uniform)(keys) >= self.rate

@@ -1,4 +1,4 @@
-"""Analysis of latent memory: record latents, cluster them, find ranks and nearest tokens."""
+"""Analysis of latent memory: record latents; compute clusters, ranks and nearest tokens."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -17,17 +17,17 @@ FEW_POINTS = 20
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Memories(ShortRepr):
-    """The recorded memories of some generations, in the order of recording.
+    """Memories recorded from generated responses, in the order of recording.
 
     A memory is the group of up to `K` latents that one event inserts. `M` is the number of
     memories.
 
     Attributes:
         latents: `[M, K, D]` float32 latents.
-        valid: `[M, K]` bool, True for latents that were inserted, False for unused slots: prompt
-            events and later events may insert different numbers of latents.
-        tag: `[M]` text, tag of the row that the memory belongs to.
-        position: `[M]` float32, fraction of the row's new tokens that precede the memory.
+        valid: `[M, K]` bool, True for latents that were inserted, False for unused slots. The event
+            before the first token and later events may insert different numbers of latents.
+        tag: `[M]` strings, tag of the row that each memory belongs to.
+        position: `[M]` float32, fraction of the row's new tokens that precede each memory.
         at_prompt: `[M]` bool, True for memories that precede the row's first new token.
     """
 
@@ -38,12 +38,12 @@ class Memories(ShortRepr):
     at_prompt: np.ndarray
 
     def means(self) -> np.ndarray:
-        """Return the mean of the valid latents of each memory, `[M, D]`."""
+        """Return the mean `[M, D]` of each memory's valid latents."""
         return sequence_means(self.latents, self.valid)
 
 
 class LatentRecorder:
-    """Recorder of the latents and decisions of several batches; it saves them as one .npz file.
+    """Recorder of latents and trigger decisions over several batches, with `save` and `load`.
 
     `R` is the number of rows recorded so far, `T` the maximum number of new tokens of a row.
 
@@ -51,7 +51,7 @@ class LatentRecorder:
         decisions: `[R, T]` int8, decision before each new token: -1 none, 0 skipped, 1 invoked.
             Shorter batches are padded with -1.
         count: `[R]` int32, number of new tokens of each row.
-        row_tag: `[R]` text, tag of each row.
+        row_tag: `[R]` strings, tag of each row.
     """
 
     def __init__(self):
@@ -61,15 +61,15 @@ class LatentRecorder:
         self.row_tag = np.zeros(0, np.str_)
 
     def add(self, response: Response, tags: str | Sequence[str]) -> None:
-        """Record one batch of generation.
+        """Record the latents and decisions of one batch of responses.
 
         Args:
             response: Response of the batch. A latent of zeros counts as an unused slot.
-            tags: Tag of each row, such as its task, or one tag for all rows.
+            tags: Tag of each row, such as the name of the row's task, or one tag for all rows.
 
         Raises:
-            ValueError: There is not one tag for each row, or `[K, D]` differs from the latents
-                recorded before.
+            ValueError: There is not one tag for each row, or the latents differ from those recorded
+                before in their number of slots or their width.
         """
         latents, points = np.asarray(response.latents, np.float32), np.asarray(response.points)
         count, decisions = np.asarray(response.count), np.asarray(response.decisions)
@@ -95,7 +95,7 @@ class LatentRecorder:
         self.row_tag = np.concatenate([self.row_tag, names])
 
     def memories(self) -> Memories:
-        """Return all memories so far; raise a ValueError before the first batch."""
+        """Return all memories recorded so far; raise a ValueError if there is no batch yet."""
         if not self._memories:
             raise ValueError("nothing was recorded: add a batch first")
         fields = [field.name for field in dataclasses.fields(Memories)]
@@ -107,7 +107,7 @@ class LatentRecorder:
         """Write all records to an .npz file.
 
         Raises:
-            ValueError: Nothing was recorded, or the name does not end in .npz.
+            ValueError: Nothing was recorded, or the file name does not end in .npz.
         """
         np.savez_compressed(
             _npz(path),
@@ -119,10 +119,10 @@ class LatentRecorder:
 
     @classmethod
     def load(cls, path: str | Path) -> "LatentRecorder":
-        """Read a file that `save` wrote; more batches may be added.
+        """Load a recorder from a file that `save` wrote; the recorder accepts further batches.
 
         Raises:
-            ValueError: The name does not end in .npz, or the file does not hold recorded latents.
+            ValueError: The file name does not end in .npz, or the file holds no recorded latents.
         """
         recorder = cls()
         with np.load(_npz(path), allow_pickle=False) as saved:
@@ -147,17 +147,32 @@ def _npz(path: str | Path) -> Path:
 
 
 def sequence_means(latents: np.ndarray, valid: np.ndarray) -> np.ndarray:
-    """Mean `[M, D]` over the latents `[M, K, D]` that are `valid [M, K]`; 0 if none is valid."""
+    """Average the valid latents of each memory.
+
+    Args:
+        latents: `[M, K, D]` latents of `M` memories with `K` latent slots each.
+        valid: `[M, K]` bool, True for real latents and False for unused slots.
+
+    Returns:
+        Means `[M, D]`; zeros for a memory without valid latents.
+    """
     weight = np.asarray(valid, np.float32)[..., None]
     return (np.asarray(latents) * weight).sum(axis=1) / np.maximum(weight.sum(axis=1), 1)
 
 
 def effective_rank(latents: np.ndarray, valid: np.ndarray) -> np.ndarray:
-    """Effective rank `[M]` of each memory's latents `[M, K, D]` (Roy & Vetterli 2007).
+    """Compute the effective rank of each memory's latents (Roy & Vetterli 2007).
 
     The singular values of a memory's valid latents are normalised to sum 1; the effective rank is
-    the exponential of their entropy. It ranges from 1 (all latents are multiples of one vector) to
-    `K`, and is 0 if all latents are 0. Only latents that are `valid [M, K]` count.
+    the exponential of their entropy. The effective rank ranges from 1 (all latents are multiples of
+    one vector) to `K`, and is 0 if all latents are 0.
+
+    Args:
+        latents: `[M, K, D]` latents of `M` memories with `K` latent slots each.
+        valid: `[M, K]` bool, True for real latents and False for unused slots.
+
+    Returns:
+        Effective ranks `[M]`.
     """
     shown = np.where(np.asarray(valid)[..., None], latents, 0)
     values = np.linalg.svd(shown.astype(np.float64), compute_uv=False)
@@ -171,9 +186,9 @@ class Clusters(NamedTuple):
     """K-means clusters of the mean latents of `M` memories, largest cluster first.
 
     Attributes:
-        centroids: `[C, D]` float32 cluster centers.
+        centroids: `[C, D]` float32 centroids of the `C` clusters.
         labels: `[M]` int32, cluster of each memory.
-        silhouette: Silhouette score, from -1 to 1; below 0.2, clusters are hardly separated.
+        silhouette: Silhouette score, from -1 to 1. Below 0.2 the clusters are hardly separated.
     """
 
     centroids: np.ndarray
@@ -187,8 +202,8 @@ def cluster(means: np.ndarray, clusters: int = 4, seed: int = 0) -> Clusters:
     """Cluster mean latents with k-means. Needs scikit-learn.
 
     Args:
-        means: `[M, D]` mean latents (`sequence_means`).
-        clusters: Number of clusters, C.
+        means: `[M, D]` mean latents of `M` memories (`sequence_means`).
+        clusters: Number of clusters.
         seed: Seed of the initial centroids.
 
     Raises:
@@ -219,16 +234,16 @@ def embed_2d(means: np.ndarray, seed: int = 0) -> tuple[np.ndarray, Literal["t-S
     In a t-SNE embedding, distances between groups that are far apart have no meaning.
 
     Args:
-        means: `[M, D]` mean latents (`sequence_means`).
+        means: `[M, D]` mean latents of `M` memories (`sequence_means`).
         seed: Seed of t-SNE.
 
     Returns:
-        Points `[M, 2]`, and the method's name: "PCA" for fewer than `FEW_POINTS` means, else
-        "t-SNE".
+        Points `[M, 2]`, and the name of the embedding method: "PCA" for fewer than `FEW_POINTS`
+        means, else "t-SNE".
 
     Raises:
-        ValueError: There are fewer than two means, the means are narrower than 2, or scikit-learn
-            is missing.
+        ValueError: There are fewer than two means, their width is below 2, or scikit-learn is
+            missing.
     """
     if len(means) < 2 or means.shape[1] < 2:
         raise ValueError(f"means of shape {list(means.shape)}: give two or more of width 2 or more")
@@ -241,12 +256,13 @@ def embed_2d(means: np.ndarray, seed: int = 0) -> tuple[np.ndarray, Literal["t-S
 
 
 class Neighbours(NamedTuple):
-    """The `k` nearest tokens of each of `N` latents, nearest first.
+    """The `k` nearest tokens of each of `N` latents, in decreasing order of cosine similarity.
 
     Attributes:
         ids: `[N, k]` int32 token ids.
-        cosine: `[N, k]` float32 cosine similarities. A token with a cosine near 0 explains nothing.
-        norm_ratio: `[N]` float32, norm of each latent divided by the mean norm of embeddings.
+        cosine: `[N, k]` float32 cosine similarities. A token with a cosine near 0 does not explain
+            its latent.
+        norm_ratio: `[N]` float32, norm of each latent divided by the mean norm of token embeddings.
     """
 
     ids: np.ndarray
@@ -259,13 +275,13 @@ class Neighbours(NamedTuple):
 def nearest_tokens(latents: np.ndarray, embedding_table: np.ndarray, k: int = 5) -> Neighbours:
     """Find the tokens whose embeddings have the highest cosine similarity to each latent.
 
-    There is always a nearest token, even for latents that are far from every embedding: in the
-    weights that MemGen's authors published no cosine exceeds 0.1, and latents are 60 times as long
-    as embeddings. Look at `cosine` and `norm_ratio` before the tokens.
+    A nearest token exists even for a latent that is far from every embedding. In the checkpoint
+    that MemGen's authors published, no cosine exceeds 0.1, and the norm of latents is 60 times that
+    of embeddings. Check `cosine` and `norm_ratio` before interpreting the tokens.
 
     Args:
         latents: `[N, D]` latents.
-        embedding_table: `[V, D]` token embeddings.
+        embedding_table: `[V, D]` token embeddings of the reasoner.
         k: Number of tokens to find for each latent.
 
     Raises:
@@ -288,13 +304,15 @@ def nearest_tokens(latents: np.ndarray, embedding_table: np.ndarray, k: int = 5)
 
 
 class InvocationHistogram(NamedTuple):
-    """Number of decisions of the trigger, by tag and position in the response.
+    """Histogram of the trigger's decisions over positions in the response, for each tag.
 
     Attributes:
-        edges: `[bins + 1]` positions of the bins' edges, as fractions of the response's length.
-        queried: Dict from tag to `[bins]` int64, number of decisions (to skip or to invoke).
-        invoked: Dict from tag to `[bins]` int64, number of decisions to invoke the weaver.
-        rows: Dict from tag to the number of responses with the tag.
+        edges: `[bins + 1]` edges of the bins, as fractions of the response's length.
+        queried: Mapping from a tag to the number of decisions (to skip or to invoke) in each bin,
+            `[bins]` int64.
+        invoked: Mapping from a tag to the number of decisions to invoke the weaver in each bin,
+            `[bins]` int64.
+        rows: Mapping from a tag to the number of responses with the tag.
     """
 
     edges: np.ndarray
@@ -308,12 +326,14 @@ class InvocationHistogram(NamedTuple):
 def invocation_histogram(
     decisions: np.ndarray, count: np.ndarray, tags: Sequence[str] | np.ndarray, bins: int = 20
 ) -> InvocationHistogram:
-    """Count decisions by position in the response: a decision before token j of n is at j/n.
+    """Count the trigger's decisions by relative position in the response, for each tag.
+
+    The decision before token `j` of a response of `n` tokens has the position `j / n`.
 
     Args:
-        decisions: `[R, T]` int8 decisions (`LatentRecorder.decisions`).
+        decisions: `[R, T]` int8 decisions of `R` rows (`LatentRecorder.decisions`).
         count: `[R]` int32, number of new tokens of each row (`LatentRecorder.count`).
-        tags: `[R]`, tag of each row (`LatentRecorder.row_tag`).
+        tags: `[R]` tag of each row (`LatentRecorder.row_tag`).
         bins: Number of equally wide bins.
 
     Raises:
@@ -334,15 +354,16 @@ def invocation_histogram(
 
 
 class CenterDistance(NamedTuple):
-    """Distances between the centers of two kinds, averaged over invocations.
+    """Distances between the centers of two kinds of vectors, averaged over invocations.
 
     Attributes:
-        euclidean: Euclidean distance, as in the paper. Where one kind's centers are much longer
-            than the other's, it mostly measures length.
-        cosine: Cosine distance (1 minus the cosine), independent of length. It is small whenever
-            the two centers share a direction.
-        whitened: Mahalanobis distance of the centers scaled to length 1, under the covariance of
-            the scaled centers of all kinds. It is independent of length and of a shared direction.
+        euclidean: Euclidean distance, as in the paper. If the centers of one kind have a much
+            larger norm than those of the other kind, the distance mostly measures norms.
+        cosine: Cosine distance (1 minus the cosine), which does not depend on norms. The distance
+            is small whenever the two centers have a common direction.
+        whitened: Mahalanobis distance of the centers scaled to norm 1, under the covariance of the
+            scaled centers of all kinds. The distance depends neither on norms nor on a direction
+            that all centers have in common.
     """
 
     euclidean: float
@@ -351,15 +372,16 @@ class CenterDistance(NamedTuple):
 
 
 def center_distances(centers: Mapping[str, np.ndarray]) -> dict[tuple[str, str], CenterDistance]:
-    """Measure the distances between the centers of every two kinds, averaged over invocations.
+    """Measure the distances between the centers of each pair of kinds of vectors.
 
-    Kinds are, for example, latents and context. The covariance matrix of `CenterDistance.whitened`
-    is a shrinkage estimate (Ledoit & Wolf 2004), because there may be fewer centers than
-    dimensions. Needs scikit-learn.
+    Kinds are, for example, latents and context vectors. Distances are averaged over invocations of
+    the weaver. The covariance matrix of `CenterDistance.whitened` is a shrinkage estimate (Ledoit &
+    Wolf 2004), because there may be fewer centers than dimensions. Needs scikit-learn.
 
     Args:
-        centers: Dict from a kind's name to its centers, `[M, D]`: row `m` is the mean vector of the
-            kind at invocation `m`. All kinds have the same `M` invocations in the same order.
+        centers: Mapping from the name of a kind to its centers, `[M, D]`: row `m` is the mean of
+            the kind's vectors at invocation `m`. All kinds have the same `M` invocations in the
+            same order.
 
     Returns:
         Dict from each pair of names, in the order of `centers`, to the distances of the pair.
@@ -386,12 +408,15 @@ def center_distances(centers: Mapping[str, np.ndarray]) -> dict[tuple[str, str],
 
 
 def unit_rows(rows: Any) -> Any:
-    """Scale rows (last axis, NumPy or JAX) to length 1; a row of zeros stays zero."""
+    """Scale the vectors on the last axis of a NumPy or JAX array to norm 1; zeros stay zeros."""
     return rows / ((rows * rows).sum(axis=-1, keepdims=True) ** 0.5).clip(1e-30)
 
 
 def _one_thread() -> Any:
-    """A context with one OpenMP thread: spinning threads on busy cores take minutes."""
+    """Return a context manager that limits OpenMP to one thread.
+
+    On busy cores, spinning OpenMP threads would take minutes.
+    """
     from threadpoolctl import threadpool_limits  # comes with scikit-learn
 
     return threadpool_limits(1)

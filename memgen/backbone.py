@@ -1,4 +1,4 @@
-"""The interface of a decoder for MemGen: vectors in, hidden states out, a cache, adapters."""
+"""Interface of decoders for MemGen: hidden states of input vectors, a cache, LoRA adapters."""
 
 import math
 from collections.abc import Mapping
@@ -10,33 +10,34 @@ Self = TypeVar("Self", bound="DecoderBackbone")
 
 
 class DecoderBackbone(Protocol):
-    """A causal decoder over rows of vectors.
+    """Interface of a causal decoder whose input is a batch of vector sequences.
 
-    The vectors of a row occupy positions 0, 1, ... without holes, and appended vectors occupy the
-    next positions, so positions are normally not passed. Any split of a row into calls of `extend`
-    gives the hidden states that one call of `hidden_states` gives. Implementations are pytrees
-    (such as an `nnx.Module`), and all methods are traced.
+    The vectors of a row have the positions 0, 1, ... without gaps, and appended vectors have the
+    next positions, so callers normally pass no positions. Calls of `extend`, with any split of a
+    row into parts, must give the hidden states that one call of `hidden_states` gives.
+    Implementations are pytrees (such as an `nnx.Module`), and JAX can trace all methods.
 
     Optionally, a decoder has a static attribute `can_forget = True` and a method
     `extend_keeping(cache, x, length, kept)`. The method returns the same hidden states as `extend`,
-    but a cache that keeps only the first `kept [B]` of the new vectors. With it, a weaver's queries
-    are computed together with the text before them, and long training texts are read once, over a
-    cache, instead of once for each event.
+    but a cache that keeps only the first `kept [B]` of the new vectors. With this method, one
+    forward pass computes a weaver's queries together with the vectors before them, and a long
+    training text is processed once, over a cache, instead of once for each event.
 
-    A cache may be any pytree. Axis 0 of each of its arrays indexes the rows, and a scalar belongs
-    to all rows, unless the decoder has a method `cache_batch_axes(cache)`, which returns the same
-    pytree with the axis of each array, or None for an array that all rows share.
+    A cache may be any pytree. By default, axis 0 of each array in the cache indexes the rows, and
+    all rows share a scalar. A decoder with another layout has a method `cache_batch_axes(cache)`,
+    which returns a pytree like the cache that holds the row axis of each array, or None for an
+    array that all rows share.
 
-    Adapters name their axes to Flax (`nnx.get_partition_spec`) if the decoder is an `nnx.Module`
-    whose targets are its linear layers (`memgen.linear_layers`), or has an attribute `lora_axes`:
-    the names of the axes of each target, `(stack, inputs, outputs)`, such as
-    `(("layers",), "embed", "heads")`.
+    The parameters of adapters have axis names (for `nnx.get_partition_spec`) if the decoder is an
+    `nnx.Module` whose targets are its linear layers (`memgen.linear_layers`), or if the decoder has
+    an attribute `lora_axes`: a mapping from a target's name to the names of its axes,
+    `(stack, inputs, outputs)`, such as `(("layers",), "embed", "heads")`.
 
     Attributes:
         embed_dim: Width `D` of the vectors.
         vocab_size: Size `V` of the vocabulary.
-        lora_targets: Linear layers that an adapter can be added to: a mapping from a layer's name
-            to `(stack, inputs, outputs)`. `stack` is the shape of the kernel's stacked leading axes
+        lora_targets: Linear layers that accept an adapter: a mapping from a layer's name to
+            `(stack, inputs, outputs)`. `stack` is the shape of the kernel's stacked leading axes
             (`()` for a single layer, `(layers,)` for layers that are stacked over blocks), `inputs`
             and `outputs` are the layer's numbers of inputs and outputs.
     """
@@ -51,16 +52,16 @@ class DecoderBackbone(Protocol):
     def lora_targets(self) -> Mapping[str, tuple[tuple[int, ...], int, int]]: ...
 
     def apply_lora(self: Self, adapter: Mapping[str, Any]) -> Self:
-        """Return a copy of the decoder with adapters, which shares the decoder's arrays.
+        """Return a copy of the decoder with adapters; the copy shares the decoder's arrays.
 
         Args:
-            adapter: Adapters by the name of a linear layer. For an input `x`, the adapted layer
-                returns its unadapted output plus `adapter[name](x)`.
+            adapter: Mapping from the name of a linear layer to the layer's adapter, a callable. The
+                adapted layer maps `x` to its unadapted output plus `adapter[name](x)`.
         """
         ...
 
     def for_decoding(self: Self) -> Self:
-        """Return this decoder in the form that decodes fastest; called once before the loop."""
+        """Return this decoder in its fastest form for decoding; called once before a loop."""
         ...
 
     def embed_tokens(self, tokens: jax.Array) -> jax.Array:
@@ -80,11 +81,11 @@ class DecoderBackbone(Protocol):
         Args:
             x: `[B, T, D]` vectors, padded on the right.
             length: `[B]` int32, number of real vectors of each row; all `T` by default.
-            positions: `[B, T]` int32, position of each vector; 0 to `T - 1` by default. It is
-                passed together with `visible` and without `length`, and only where all events are
-                woven in one pass (`latents_see_latents=False`).
-            visible: `[B, T, T]` bool, whether a vector (axis 1) attends to another (axis 2); causal
-                by default.
+            positions: `[B, T]` int32, position of each vector; 0 to `T - 1` by default. Callers
+                pass `positions` only together with `visible` and without `length`, to weave all
+                events in one forward pass (`latents_see_latents=False`).
+            visible: `[B, T, T]` bool attention mask, True where the vector on axis 1 attends to the
+                vector on axis 2; a causal mask by default.
         """
         ...
 
@@ -99,16 +100,16 @@ class DecoderBackbone(Protocol):
     def extend(
         self, cache: Any, x: jax.Array, length: jax.Array, *, fresh: bool = False
     ) -> tuple[jax.Array, Any]:
-        """Append vectors to each row.
+        """Append vectors to each row of a cache, and compute the hidden states of these vectors.
 
         Args:
-            cache: Cache of the vectors so far; it stays usable after the call.
-            x: `[B, C, D]` vectors, padded on the right.
+            cache: Cache of the earlier vectors, from `init_cache` or `extend`; it is not modified.
+            x: `[B, C, D]` up to `C` new vectors of each row, padded on the right.
             length: `[B]` int32, number of real new vectors of each row; 0 leaves a row unchanged.
-            fresh: Static promise of the caller that the cache is empty.
+            fresh: Whether the caller guarantees that the cache is empty (static).
 
         Returns:
-            Hidden states `[B, C, D]` of the new vectors, and the cache after them.
+            Hidden states `[B, C, D]` of the new vectors, and the extended cache.
         """
         ...
 
@@ -128,8 +129,9 @@ METHODS = (
 
 
 def check_backbone(backbone: Any, role: str) -> None:
-    """Raise a ValueError, which names the `role`, unless an object is a `DecoderBackbone`."""
-    gives_one = callable(getattr(type(backbone), "backbone", None))  # not an attribute of its own
+    """Raise a ValueError unless `backbone` is a `DecoderBackbone`; the message names its `role`."""
+    # A method of the class: an attribute `backbone` of the instance does not count.
+    gives_one = callable(getattr(type(backbone), "backbone", None))
     if gives_one and backbone.backbone() is not backbone:
         raise ValueError(
             f"{type(backbone).__name__} can't be a {role}, it reads tokens: pass its backbone()"
@@ -149,15 +151,22 @@ def check_backbone(backbone: Any, role: str) -> None:
 
 
 def cache_batch_axes(decoder: Any, cache: Any) -> Any:
-    """Pytree like `cache` with each array's axis of rows; None for an array that all rows share."""
+    """Return the row axis of each array in the cache of a `DecoderBackbone`.
+
+    The result is a pytree like `cache`, with None for an array that all rows share.
+    """
     if hasattr(decoder, "cache_batch_axes"):
         return decoder.cache_batch_axes(cache)
     return jax.tree.map(lambda leaf: 0 if leaf.ndim else None, cache)
 
 
 def check_cache(decoder: Any) -> None:
-    """Raise a ValueError if a cache's axes that grow with the batch are not `cache_batch_axes`."""
-    mesh = jax.sharding.get_abstract_mesh()  # a cache may name an explicit axis for its rows
+    """Raise a ValueError unless `cache_batch_axes` are the axes that grow with the batch size.
+
+    Args:
+        decoder: A `DecoderBackbone`, whose `init_cache` is evaluated for two batch sizes.
+    """
+    mesh = jax.sharding.get_abstract_mesh()  # explicit mesh axes may shard the rows of a cache
     parts = math.prod(mesh.shape[name] for name in mesh.explicit_axes)
     rows = 2 * parts, 3 * parts
     few, more = (jax.eval_shape(lambda count=count: decoder.init_cache(count, 8)) for count in rows)

@@ -1,4 +1,4 @@
-"""Trained parameters of a MemGen: extract them from one, and load them into another, checked."""
+"""Extract the trained parameters of a MemGen, and load them into another MemGen with checks."""
 
 from collections.abc import Mapping
 from typing import Any, TypeVar
@@ -18,7 +18,7 @@ Module = TypeVar("Module", bound=nnx.Module)
 
 
 def trained_params(memgen: MemGen) -> dict[Any, Any]:
-    """Return the parameters of weaver and trigger, not the decoders', as nested dicts of arrays."""
+    """Return the parameters of weaver and trigger, without the decoders, as a nested dict."""
     check_module(memgen)
     return nnx.to_pure_dict(nnx.state(memgen, TRAINED))
 
@@ -26,13 +26,13 @@ def trained_params(memgen: MemGen) -> dict[Any, Any]:
 def load_params(
     module: Module, params: Mapping[Any, Any], kind: filterlib.Filter = TRAINED
 ) -> Module:
-    """Return a copy of a module whose trained parameters are replaced by given ones.
+    """Return a copy of a module in which the trained parameters are replaced by `params`.
 
     Args:
         module: Module to load into, such as a MemGen.
         params: Nested dict of arrays, such as `trained_params` returns.
-        kind: Flax filter that selects the variables to replace, which `params` must hold exactly;
-            by default the parameters of weaver and trigger.
+        kind: Flax filter that selects the variables to replace; by default the parameters of weaver
+            and trigger. `params` must hold exactly the selected variables.
 
     Raises:
         ValueError: `module` holds no `nnx.Module`, `params` is not a mapping, or a parameter is

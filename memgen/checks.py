@@ -1,4 +1,4 @@
-"""Checks of arguments: a wrong one is one line that names both values and the way out."""
+"""Checks of arguments: each raises a ValueError of one line with the wrong value and a remedy."""
 
 from typing import Any
 
@@ -10,9 +10,10 @@ from jax.experimental import multihost_utils
 
 
 def on_host(array: Any) -> np.ndarray:
-    """Return a whole array as NumPy.
+    """Return an entire JAX or NumPy array as a NumPy array.
 
-    An array whose parts lie in several processes is gathered, which all of them must call.
+    A JAX array that is sharded over several processes is gathered: each process must call this
+    function.
     """
     if not isinstance(array, jax.Array) or array.is_fully_replicated or array.is_fully_addressable:
         return np.asarray(array)
@@ -20,7 +21,7 @@ def on_host(array: Any) -> np.ndarray:
 
 
 def checked_ids(tokens: Any) -> jax.Array:
-    """Return token ids as an array; raise a ValueError unless they are int `[batch, tokens]`."""
+    """Return token ids as an array; raise a ValueError unless it is integer `[batch, tokens]`."""
     if not hasattr(tokens, "dtype"):
         given = type(tokens).__name__
         try:
@@ -61,7 +62,7 @@ def check_stop(stop: Any) -> None:
 
 
 def check_floating(name: str, dtype: Any) -> None:
-    """Raise a ValueError unless `dtype` is a floating type: integers would round values to 0."""
+    """Raise a ValueError unless `dtype` is floating-point; integers would round values to 0."""
     try:
         dtype = jnp.dtype(dtype)
     except TypeError:
@@ -100,7 +101,7 @@ def check_by_token(name: str, values: Any, tokens: Any) -> None:
 def checked_mask(loss_mask: Any, tokens: Any) -> jax.Array:
     """Return a loss mask as bool; raise a ValueError unless it has the shape of `tokens`.
 
-    A mask of floats is refused too: as bool, every weight above 0 would count as a whole token.
+    A mask of floats is rejected too: as bool, every weight other than 0 would count as 1.
     """
     check_by_token("a loss mask", loss_mask, tokens)
     dtype = jnp.result_type(loss_mask)
@@ -143,7 +144,7 @@ def check_module(module: Any) -> None:
 
 
 def check_by_name(name: str, values: Any) -> None:
-    """Raise a ValueError unless `values` is a mapping, from names of linear layers to values."""
+    """Raise a ValueError unless `values` is a mapping (from names of linear layers)."""
     if not hasattr(values, "items"):
         raise ValueError(
             f"{name} is a {type(values).__name__}: give a mapping from names of linear layers"
@@ -154,8 +155,8 @@ def wrong_matrices(low: Any, target: Any) -> tuple[int, ...] | None:
     """Return the shape of an adapter's product `a b` if it does not fit its layer, else None.
 
     An adapter without matrices `a` and `b` is an arbitrary callable and always fits. A product with
-    more axes than the layer's kernel may hold a matrix for each row: only its last two axes must
-    match.
+    more axes than the layer's kernel may hold a separate matrix for each batch element: then only
+    the last two axes of the product must match the layer.
 
     Args:
         low: Adapter, with or without matrices `a [..., inputs, rank]` and `b [..., rank, outputs]`.
@@ -173,9 +174,9 @@ def check_width(values: Any, width: int, reader: str) -> None:
     """Raise a ValueError unless `values` is an array whose last axis has size `width`.
 
     Args:
-        values: Vectors `[..., width]`.
+        values: Array of vectors `[..., width]`.
         width: Expected width.
-        reader: What reads the vectors, for the message: "a weaver".
+        reader: Module whose input the vectors are, for the error message: "a weaver".
     """
     if not hasattr(values, "shape"):
         raise ValueError(f"vectors in a {type(values).__name__} for {reader}: give an array")

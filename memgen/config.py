@@ -1,4 +1,4 @@
-"""MemGenConfig: sizes and options of weaver, trigger and insertion, with two presets."""
+"""MemGenConfig: sizes and options of the weaver, the trigger and the events; two presets."""
 
 import dataclasses
 import math
@@ -30,9 +30,9 @@ class LoRAConfig:
         rank: Rank r of each adapter.
         alpha: Numerator of the adapters' scale, alpha / rank.
         dropout: Dropout rate on the adapters' input, in training only.
-        targets: Linear layers that get an adapter, each by its path in
-            `DecoderBackbone.lora_targets`, by the last part of paths ("q" selects every
-            "layers/0/attn/q" and "layers/0/attn/q_proj"), or by a pattern with wildcards
+        targets: Linear layers that get an adapter. A target is a path in
+            `DecoderBackbone.lora_targets`, the last component of paths ("q" selects every layer
+            such as "layers/0/attn/q" or "layers/0/attn/q_proj"), or a pattern with wildcards
             ("layers/1?/*", "*_proj").
     """
 
@@ -60,15 +60,15 @@ class WeaverConfig:
     """Sizes and options of the weaver, which writes the latents.
 
     Attributes:
-        prompt_latents: Number of latents before the first new token (K_p).
+        prompt_latents: Number of latents of the event before the first new token (K_p).
         inference_latents: Number of latents of each later event, at a boundary (K_i).
-        context: Input of the weaver: the reasoner's input "embeddings" (the authors' code), its
-            "hidden" states (the paper), or "nothing", which gives the same latents for every text
-            (a control known as pause tokens).
-        latents_see_latents: Whether the weaver's context includes earlier latents. If not, training
-            weaves all events of a row in one forward pass.
+        context: Input of the weaver: the reasoner's input "embeddings" (the authors' code), the
+            reasoner's "hidden" states (the paper), or "nothing", which gives the same latents for
+            every text (a control known as pause tokens).
+        latents_see_latents: Whether the weaver's context includes earlier latents. If False,
+            training weaves all events of a row in one forward pass.
         match_scale: Whether each latent is normalised and multiplied by a learned gain, whose
-            initial value is the root mean square of token embeddings.
+            initial value is the root mean square of the reasoner's token embeddings.
         lora: Adapter of the weaver on its backbone.
     """
 
@@ -92,7 +92,7 @@ class WeaverConfig:
 
     @property
     def latents(self) -> int:
-        """`K`, the number of latent slots of an event: the maximum over both kinds of events."""
+        """Number `K` of latent slots of an event, the maximum over both kinds of events."""
         return max(self.prompt_latents, self.inference_latents)
 
 
@@ -101,9 +101,9 @@ class TriggerConfig:
     """Sizes and options of the trigger, which decides when to weave.
 
     Attributes:
-        source: Input of the trigger: the "tokens" without latents, the "stream" of embeddings with
-            latents, or the reasoner's hidden state ("reasoner_hidden"; no second forward pass and
-            no adapter).
+        source: Input of the trigger: "tokens" (embedded tokens without latents), "stream" (the
+            reasoner's input, which is embedded tokens and latents), or "reasoner_hidden" (the
+            reasoner's hidden state, which needs no second forward pass and no adapter).
         init_invoke_prob: Probability of invoking the weaver before any training.
         lora: Adapter of the trigger on its backbone.
     """
@@ -125,17 +125,17 @@ class TriggerConfig:
 class MemGenConfig:
     """Sizes and options of a MemGen: its weaver, its trigger, and its events (arXiv 2509.24704).
 
-    An event is the insertion of latents: one at the start of a response, others at boundaries.
+    An event inserts latents either before the first token of a response, or at a boundary in it.
 
     Attributes:
         weaver: Sizes and options of the weaver.
-        trigger: Sizes and options of the trigger; None for a model whose trigger is a rule, such as
-            `memgen.AlwaysInvoke`.
+        trigger: Sizes and options of the trigger; None for a model without a learned trigger, which
+            needs a fixed policy such as `memgen.AlwaysInvoke`.
         max_inference_events: Maximum number of events of a response (N), not counting the event
             before its first token.
-        insertion: Boundaries of a training text that get latents: the "first" N, or each with
-            probability `insertion_prob`, up to N ("random").
-        insertion_prob: Probability of an event at each boundary of a training text, used if
+        insertion: Rule that selects the boundaries of a training text that get latents: the "first"
+            N boundaries, or a "random" selection of up to N boundaries.
+        insertion_prob: Probability with which each boundary of a training text is selected if
             `insertion` is "random".
     """
 
@@ -171,7 +171,7 @@ class MemGenConfig:
 
     @property
     def events(self) -> int:
-        """`E`, the maximum number of events of a response, including the one before its text."""
+        """Maximum number `E` of events of a response, with the event before its first token."""
         return 1 + self.max_inference_events
 
     @property

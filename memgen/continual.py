@@ -1,4 +1,4 @@
-"""Continual learning: train one state through several tasks, and measure what it forgets."""
+"""Continual learning: train a model on several tasks in sequence, and measure forgetting."""
 
 import dataclasses
 import json
@@ -20,12 +20,12 @@ class ContinualReport(ShortRepr):
 
     There are `T` tasks, and stage `k` trains on task `k`. The formulas count stages and tasks from
     1: `R[i, j]` is the accuracy on task `j` after stage `i`, and `R[0, j]` the accuracy before any
-    training. All metrics have the unit of the accuracies. They raise a ValueError until all stages
-    are done.
+    training. All metrics have the unit of the accuracies, and raise a ValueError if a stage is
+    unfinished.
 
     Attributes:
         tasks: Names of the tasks, in the order of training.
-        accuracy: `[stages done + 1, T]` float64 accuracies; row 0 precedes any training.
+        accuracy: `[stages_done + 1, T]` float64 accuracies. Row 0 precedes any training.
     """
 
     tasks: tuple[str, ...]
@@ -48,37 +48,38 @@ class ContinualReport(ShortRepr):
 
     @property
     def average_accuracy(self) -> float:
-        """Mean final accuracy `1/T · Σ_j R[T, j]` (ACC of Lopez-Paz & Ranzato 2017, 1706.08840)."""
+        """Mean final accuracy `1/T · Σ_j R[T, j]` (ACC, Lopez-Paz & Ranzato 2017, 1706.08840)."""
         return float(self._whole()[-1].mean())
 
     @property
     def backward_transfer(self) -> float:
-        """`1/(T−1) · Σ_{j<T} (R[T, j] − R[j, j])` (BWT of Lopez-Paz & Ranzato 2017).
+        """Mean change of a task's accuracy between its own stage and the last stage.
 
-        Mean change of a task's accuracy between its own stage and the end, negative for forgetting.
-        NaN for a single task.
+        This is BWT of Lopez-Paz & Ranzato 2017, `1/(T−1) · Σ_{j<T} (R[T, j] − R[j, j])`. A negative
+        value means forgetting. NaN for a single task.
         """
         learned = np.diagonal(self._whole()[1:])
         return _mean((self.accuracy[-1] - learned)[:-1])
 
     @property
     def forward_transfer(self) -> float:
-        """`1/(T−1) · Σ_{j>1} (R[j−1, j] − R[0, j])` (FWT of Lopez-Paz & Ranzato 2017).
+        """Mean change of a task's accuracy through the stages before its own stage.
 
-        Mean change of a task's accuracy through the stages before its own; NaN for a single task.
-        In the paper, the baseline R[0, j] is the accuracy of a random initialisation. Here it is
-        the accuracy before stage 1, which for memory in a pretrained model is that model's.
+        This is FWT of Lopez-Paz & Ranzato 2017, `1/(T−1) · Σ_{j>1} (R[j−1, j] − R[0, j])`. In their
+        paper, the baseline R[0, j] is the accuracy of a random initialisation. Here the baseline is
+        the accuracy before stage 1: for latent memory in a pretrained model, that model's accuracy.
+        NaN for a single task.
         """
         just_before = np.diagonal(self._whole()[:-1])
         return _mean((just_before - self.accuracy[0])[1:])
 
     @property
     def forgetting(self) -> float:
-        """`1/(T−1) · Σ_{j<T} (max_{1≤i<T} R[i, j] − R[T, j])` (Chaudhry et al. 2018, 1801.10112).
+        """Mean drop of a task's accuracy from its best value at an earlier stage to the last stage.
 
-        Mean drop of a task's accuracy from its best value after any earlier stage to the end.
-        Unlike in backward transfer, the best may precede the task's own stage. NaN for a single
-        task.
+        This is `1/(T−1) · Σ_{j<T} (max_{1≤i<T} R[i, j] − R[T, j])` (Chaudhry et al. 2018,
+        1801.10112). Unlike in backward transfer, the best value may be from a stage before the
+        task's own. NaN for a single task.
         """
         accuracy = self._whole()
         if len(self.tasks) == 1:
@@ -86,9 +87,12 @@ class ContinualReport(ShortRepr):
         return _mean((accuracy[1:-1].max(axis=0) - accuracy[-1])[:-1])
 
     def markdown(self, digits: int = 2) -> str:
-        """Format the accuracies and, after the last stage, the metrics as Markdown tables.
+        """Format the accuracies, and after the last stage also the metrics, as Markdown tables.
 
-        The accuracy on each task after its own stage is in bold.
+        The accuracy on each task after the task's own stage is in bold.
+
+        Args:
+            digits: Number of decimal places.
         """
         lines = [
             "| after training on | " + " | ".join(self.tasks) + " |",
@@ -143,13 +147,13 @@ def _mean(values: np.ndarray) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class Records(Generic[State]):
-    """A report file, and functions that save and restore states, to resume a stopped run.
+    """Report file and save/restore functions, with which `run_continual` resumes a stopped run.
 
     Attributes:
-        report: Path of the report's JSON file, written before the first stage and after every
-            stage.
+        report: Path of the report's JSON file, which is written before the first stage and after
+            every stage.
         save: Function `save(state, task)` that saves the state after training on a task. If a run
-            stops before the report is written, the resumed run calls it again for that task.
+            stops before the report is written, the resumed run calls `save` again for that task.
         restore: Function `restore(task)` that returns the state that was saved after a task.
     """
 
@@ -165,14 +169,14 @@ def run_continual(
     evaluate: Callable[[State, str], float],
     records: Records[State] | None = None,
 ) -> ContinualReport:
-    """Train one state on the tasks in order, and evaluate it on all tasks after each stage.
+    """Train a state on the tasks in order, and evaluate the state on all tasks after each stage.
 
     With records, a stopped run resumes after its last finished stage, and a finished run returns
     its saved report without training.
 
     Args:
         tasks: Names of the tasks, in the order of training.
-        state: State before any training.
+        state: State before any training, such as a model, of any type that `train` accepts.
         train: Function from a state and a task to the state after training on the task.
         evaluate: Function from a state and a task to the accuracy of the state on the task.
         records: Report file and functions that save and restore states; None for a run that can't
@@ -182,8 +186,8 @@ def run_continual(
         Report of the accuracies before training and after each stage.
 
     Raises:
-        ValueError: There are no tasks, a task occurs twice, or the report file is not a report of
-            these tasks.
+        ValueError: There are no tasks, a task occurs twice, or the report file exists and is not a
+            report of these tasks.
     """
     tasks = tuple(tasks)
     if not tasks or len(set(tasks)) < len(tasks):

@@ -1,9 +1,8 @@
 """Generation interleaved with weaving: one compiled loop, in which rows weave at different steps.
 
 A step decides which rows weave, appends their latents to the reasoner's cache, and then samples a
-token in each row. A step in which no row weaves costs nothing for weaving. In large batches on an
-accelerator, rows wait a few steps for each other, so that several weave together; a row that waits
-samples no token.
+token in each row. Weaving costs nothing in a step in which no row weaves. In large batches on an
+accelerator, a row may wait a few steps, sampling no token, so that several rows weave together.
 """
 
 import dataclasses
@@ -37,10 +36,10 @@ from memgen.trigger import AlwaysInvoke, NeverInvoke, TriggerPolicy
 
 Progress = Callable[[int, int], None]
 LONGEST_WHOLE = 4096
-"""Maximum length in tokens of prompts that are read in one pass."""
+"""Maximum length, in tokens with padding, of prompts that are prefilled in one forward pass."""
 BLOCK, SMALLEST_BLOCK = 512, 32
-"""Sizes of the blocks in which longer prompts are read: about `BLOCK` tokens over all rows
-together, but at least `SMALLEST_BLOCK` tokens of each row."""
+"""Numbers of tokens of a block in which longer prompts are prefilled: about `BLOCK` over all rows
+together, but at least `SMALLEST_BLOCK` of each row."""
 
 
 def generate(
@@ -58,32 +57,32 @@ def generate(
     prefills: Sequence[Sequence[int]] | None = None,
     progress: Progress | None = None,
 ) -> Response:
-    """Continue each prompt; a row's text and events do not depend on the rest of its batch.
+    """Generate a response with latent memory to each prompt.
 
-    A program is compiled for each combination of the longest prompt's length, the longest prefill's
-    and the number of new tokens, prefills included, each rounded up to a power of two of 16 or
-    more. One program serves whichever rows weave, and when.
+    A row's text and events do not depend on the other rows of the batch. A program is compiled for
+    each combination of three lengths, each rounded up to a power of two of at least 16: the longest
+    prompt, the longest prefill, and the longest prefill plus `max_new_tokens`. The same program
+    serves whichever rows weave at whichever steps.
 
     Args:
         memgen: Model that generates.
         prompts: Token ids of each prompt, at least one.
-        max_new_tokens: Maximum number of tokens that are added to a prompt and its prefill.
+        max_new_tokens: Maximum number of tokens to generate after each prompt and its prefill.
         policy: Trigger policy, which decides at each boundary whether to weave.
         temperature: Temperature of sampling; 0 takes the most probable token.
-        seed: Seed of the sampling noise. A row's key is derived from the seed, the row's prompt and
-            the number of equal prompts before it in the batch.
-        stop: Token ids that end a row. The id that ended a row is part of its new tokens.
+        seed: Seed of the sampling noise. A row's PRNG key is derived from the seed, the row's
+            prompt, and the number of equal prompts before the row in the batch.
+        stop: Token ids that end a row. The id that ended a row is one of the row's new tokens.
         valid_vocab_size: Number of ids that may be sampled: ids from `valid_vocab_size` on are
             excluded. By default all ids may be sampled.
         keep_memory: Filter of events (`Request.keep_memory`); None keeps the latents of every
             event.
         retriever: Retriever that is queried at each event (`memgen.retrieval.Retriever`), or None.
-        prefills: Token ids with which each response begins, which may be empty. They are the first
-            new tokens, with memory in front of them and at their boundaries as if the model had
-            generated them, one a step. Their log-probability is -inf where `valid_vocab_size`
-            excludes them. By default the model begins each response itself.
-        progress: Function that reports on prompts too long to be read in one pass. After each block
-            it is called with the number of tokens of the longest prompt read so far, and of all.
+        prefills: Token ids with which each response begins; a row's list may be empty. The loop
+            takes a prefill token per step in place of a sampled token, and weaves memory before and
+            among prefill tokens as usual. A prefill token that `valid_vocab_size` excludes has the
+            log-probability -inf. By default the model begins each response itself.
+        progress: Function that `begin` calls after each block of a prefill in blocks (see `begin`).
 
     Returns:
         Response with the new tokens and the events of each row.
@@ -128,20 +127,21 @@ def begin(
 ) -> Session:
     """Prefill a new session with prompts.
 
-    Prompts of more than `LONGEST_WHOLE` tokens (padding included) are read in blocks, so that no
-    array of tokens by tokens is made for a whole row. Under `jit` they are read in one pass.
+    Prompts of more than `LONGEST_WHOLE` tokens (padding included) are prefilled in blocks, so that
+    no `[tokens, tokens]` array of an entire row is materialized. Under `jit`, prompts of any length
+    are prefilled in one forward pass.
 
     Args:
         memgen: Model that will respond.
-        tokens: `[B, C]` int32 prompts, padded on the right.
+        tokens: `[B, C]` int32 token ids of prompts, padded on the right to `C`.
         length: `[B]` int32, number of real tokens of each prompt.
-        keys: `[B]` random keys, one for each row.
+        keys: `[B]` PRNG keys, one for each row.
         max_tokens: Maximum number of tokens of a row, responses included.
-        max_responses: Maximum number of responses, for whose latents the session has room.
-        request: Request whose retriever determines how many retrieved tokens fit into an event;
-            None for a session without retrieval.
-        progress: Function that is called after each block, if prompts are read in blocks, with the
-            number of tokens of the longest prompt read so far, and of all.
+        max_responses: Maximum number of responses for whose latents the session has capacity.
+        request: Request whose retriever determines the capacity for retrieved tokens; None for a
+            session without retrieval.
+        progress: Function that is called after each block, if prompts are prefilled in blocks, with
+            the numbers of prefilled tokens and of all tokens of the longest prompt.
 
     Raises:
         ValueError: The prompts are longer than `max_tokens`, or `tokens`, `length` or `keys` has a
@@ -196,24 +196,24 @@ def replay(
     max_tokens: int,
     max_responses: int = 1,
 ) -> Session:
-    """Prefill a new session with texts and with the latents that were woven into them before.
+    """Prefill a new session with texts and with latents that were woven into the texts before.
 
-    Only the reasoner reads the texts here. Weaver and trigger read them when they are first needed,
-    as in generation.
+    Only the reasoner's cache is filled here. The caches of weaver and trigger are filled when the
+    session first uses them, as in generation.
 
     Args:
         memgen: Model that wove the latents.
-        tokens: `[B, C]` int32 texts, padded on the right.
+        tokens: `[B, C]` int32 token ids of texts, padded on the right to `C`.
         length: `[B]` int32, number of real tokens of each text.
-        plan: Plan of `E` events, which holds the points of the latents in the texts.
-        latents: `[B, E, K, D]` latents of each event, as in `Response.latents`.
-        keys: `[B]` random keys, one for each row.
+        plan: Plan of `E` events, whose points are the positions of the latents in the texts.
+        latents: `[B, E, K, D]` latents of each event, up to `K` (see `Response.latents`).
+        keys: `[B]` PRNG keys, one for each row.
         max_tokens: Maximum number of tokens of a row, texts included.
-        max_responses: Maximum number of responses, for whose latents the session has room. The
-            responses that are part of the texts count.
+        max_responses: Maximum number of responses for whose latents the session has capacity,
+            including the responses that are part of the texts.
 
     Raises:
-        ValueError: The texts are longer than `max_tokens`, or the plan does not fit them.
+        ValueError: The texts are longer than `max_tokens`, or the plan does not fit the texts.
     """
     check_memgen(memgen)
     tokens = checked_ids(tokens)
@@ -231,7 +231,7 @@ def replay(
 def _replay(memgen, tokens, length, plan, latents, keys, max_tokens, max_responses) -> Session:
     session = Session.start(memgen, placed_beside(keys, tokens), max_tokens, max_responses)
     stream = assemble(embed(memgen.reasoner, tokens), latents, plan)
-    stream = stream[:, : session.capacity]  # the rest is beyond every row's end
+    stream = stream[:, : session.capacity]  # later vectors are beyond every row's end
     session = session.append(memgen, stream, stream_length(plan, length), fresh=True)
     zeros = jnp.zeros_like(length)
     return session.replace(tokens=put(session.tokens, tokens, zeros, length), count=length)
@@ -266,9 +266,9 @@ def _observe(memgen, session, tokens, length) -> Session:
 def respond(
     memgen: MemGen, session: Session, request: Request, capacity: int
 ) -> tuple[Response, Session]:
-    """Generate a response in each row, with memory where the policy invokes the weaver.
+    """Generate a response in each row, with latent memory where the policy invokes the weaver.
 
-    The rows keep all tokens and latents, also the latents of earlier responses. To drop the
+    The rows keep all tokens and latents, including the latents of earlier responses. To drop the
     latents, begin a new session with the text alone.
 
     Args:
@@ -279,12 +279,12 @@ def respond(
             `request.max_new_tokens` ends the response earlier. 0 leaves all rows unchanged.
 
     Returns:
-        The response, and the session after it.
+        The response, and the extended session.
 
     Raises:
         ValueError: A row would exceed the session's capacity (under `jit` the row becomes NaN
-            instead), the request's prefill has another number of rows, or the session has no room
-            for the snippets of the request's retriever.
+            instead), the request's prefill has another number of rows, or the session lacks the
+            capacity for the snippets of the request's retriever.
     """
     check_session(memgen, session)
     if not isinstance(request, Request):
@@ -305,7 +305,7 @@ def respond(
 
 
 def _most_latents(memgen: MemGen, request: Request) -> Any:
-    """Maximum number of latents that a response adds to a row, a scalar or `[B]`."""
+    """Return the maximum number of latents that a response adds to a row, a scalar or `[B]`."""
     config = memgen.config
     if isinstance(request.policy, NeverInvoke):
         return 0
@@ -317,10 +317,11 @@ def _most_latents(memgen: MemGen, request: Request) -> Any:
 
 
 def grouping_of(session: Session) -> Grouping:
-    """Return the grouping of a session: an eighth of each shard's rows, on a CPU one row of each.
+    """Choose how many rows of a session weave in one forward pass of the weaver.
 
-    A pass of a decoder over few rows takes an accelerator as long as one over a single row, but a
-    CPU longer. Under a trace with automatic axes, whose shards are unknown, there is one shard.
+    On an accelerator, an eighth of each shard's rows weave together, because a forward pass over a
+    few rows takes as long as over one row. On a CPU the pass takes longer, so one row of each shard
+    weaves at a time. A batch that is traced with `AxisType.Auto` mesh axes counts as one shard.
     """
     count = session.count
     if isinstance(count, Tracer):
@@ -351,7 +352,7 @@ def _respond(memgen, session, request, capacity, grouping) -> tuple[Response, Se
 def _start(
     decoders: Decoders, limit: jax.Array, request: Request, session: Session, capacity: int
 ) -> Loop:
-    """The loop before its first step."""
+    """Return the state of the loop before its first step."""
     memgen, batch = decoders.memgen, session.count.shape[0]
     vector = jax.eval_shape(embed, memgen.reasoner, session.tokens[:, :1])
     before = jnp.zeros_like(session.count) if request.events is None else request.events
@@ -368,7 +369,7 @@ def _start(
 def _step(
     decoders: Decoders, request: Request, limit: jax.Array, loop: Loop, grouping: Grouping
 ) -> Loop:
-    """Weave in rows that invoke the weaver, then generate a token in the rows that do not wait."""
+    """Weave in rows that invoke the weaver, then add a token to each row that does not wait."""
     memgen, most = decoders.memgen, decoders.memgen.config.max_inference_events
     at, session = loop.response.count, loop.session
     begins = at == 0
@@ -395,7 +396,7 @@ def _step(
 
 
 def _given(request: Request, at: jax.Array) -> jax.Array | None:
-    """The prefill's token of index `at [B]`, -1 where it has ended; None without a prefill."""
+    """Return token `at [B]` of each row's prefill, -1 after the end; None without a prefill."""
     if request.prefill is None:
         return None
     take = lambda row, index: row.at[index].get(mode="fill", fill_value=-1)  # noqa: E731
@@ -405,7 +406,7 @@ def _given(request: Request, at: jax.Array) -> jax.Array | None:
 def _sample(
     memgen: MemGen, request: Request, session: Session, keys: jax.Array, given: jax.Array | None
 ) -> tuple[jax.Array, jax.Array]:
-    """The next token of each row, `[B]` int32, and its log-probability, `[B]`."""
+    """Return the next token of each row, `[B]` int32, and the token's log-probability, `[B]`."""
     logits = memgen.reasoner.unembed(session.reasoner.hidden)
     allowed = jnp.arange(logits.shape[-1]) < request.valid_vocab_size
     logits = jnp.where(allowed, logits, -jnp.inf)
@@ -425,12 +426,12 @@ def nucleus(logits: jax.Array, top_p: jax.Array) -> jax.Array:
     """Set logits `[B, V]` to -inf outside of the nucleus (Holtzman et al. 2020, arXiv 1904.09751).
 
     The nucleus is the smallest set of most probable tokens whose probabilities sum to `top_p` or
-    more. Tokens that tie with its least probable token belong to it too.
+    more. Tokens that tie with the least probable of these tokens belong to the nucleus too.
     """
     descending = -jnp.sort(-logits, axis=-1)
     probability = jax.nn.softmax(descending, axis=-1)
     more_probable = jnp.cumsum(probability, axis=-1) - probability
-    inside = (more_probable < top_p).at[..., 0].set(True)  # the first, whatever rounding says
+    inside = (more_probable < top_p).at[..., 0].set(True)  # the first one despite rounding
     least = jnp.where(inside, descending, jnp.inf).min(axis=-1, keepdims=True)
     return jnp.where(logits >= least, logits, -jnp.inf)
 
@@ -438,7 +439,7 @@ def nucleus(logits: jax.Array, top_p: jax.Array) -> jax.Array:
 def _record_token(
     response: Response, chosen: jax.Array, log_prob: jax.Array, live: jax.Array
 ) -> Response:
-    """The response with one more token in the rows that are `live`."""
+    """Return the response with one more token in the rows where `live [B]` is True."""
     once = live.astype(jnp.int32)
     return dataclasses.replace(
         response,

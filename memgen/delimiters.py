@@ -1,4 +1,4 @@
-"""Boundaries at which the trigger decides, as a table over token ids."""
+"""Boundaries in a text, at which the trigger decides, found by a table of flags over token ids."""
 
 from collections.abc import Callable, Sequence
 from typing import Literal
@@ -19,10 +19,10 @@ def boundary_table(
     delimiters: Sequence[str] = DELIMITERS,
     encode: Callable[[str], Sequence[int]] | None = None,
 ) -> np.ndarray:
-    """Compute, for each token id, the flags from which `is_boundary` tells boundaries.
+    """Compute the flags of each token id from which `is_boundary` finds the boundaries of a text.
 
     Args:
-        texts: Surface text of each id.
+        texts: Surface text of each token id, in the order of ids.
         mode: Rule for the tokens after which there is a boundary. "suffix": the token's text ends
             with a delimiter, also within numbers and abbreviations (the authors' code). "exact_id":
             the token is one of the ids that `encode` gives for a delimiter, so tokens that merge a
@@ -33,7 +33,7 @@ def boundary_table(
         encode: Function from text to token ids, required by the mode "exact_id".
 
     Returns:
-        `[V]` uint8, the flags of each id.
+        Flags of each token id, `[V]` uint8.
 
     Raises:
         ValueError: `texts` is not a list of strings, the mode is unknown, `delimiters` is empty or
@@ -77,12 +77,12 @@ def _sentence(text: str) -> int:
 
 
 def is_boundary(table: AnyArray, last: AnyArray, previous: AnyArray) -> jax.Array:
-    """Whether each text ends at a boundary, bool of the shape of `last`.
+    """Return whether each text ends at a boundary, as bool of the shape of `last`.
 
     Args:
-        table: `[V]` uint8 flags of each id, as `boundary_table` returns them.
-        last: Last token of each text, int32 ids of any shape.
-        previous: Last token but one of each text, int32 ids of the same shape as `last`.
+        table: `[V]` uint8 flags of each token id, as `boundary_table` returns them.
+        last: Id of the last token of each text, int32 of any shape.
+        previous: Id of the second-to-last token of each text, int32 of the shape of `last`.
     """
     here, before = table_rows(table, last), table_rows(table, previous)
     doubtful = (here & UNLESS_AFTER_DIGIT > 0) & (before & DIGIT > 0)

@@ -25,21 +25,21 @@ PATIENCE = 8
 
 @dataclasses.dataclass(frozen=True)
 class Grouping:
-    """How many rows weave together: `shards * rows` at a time.
+    """Size of a group of rows that weave in one forward pass: `shards * rows` rows.
 
     Attributes:
         shards: Number of shards of the batch, which weave in parallel.
-        rows: Number of rows of each shard. If it is 1, no row waits for others.
+        rows: Number of rows of each shard in a group. With 1, no row waits for other rows.
     """
 
     shards: int = 1
     rows: int = 1
 
     def due(self, waiting: jax.Array, live: jax.Array) -> jax.Array:
-        """Return a bool scalar: whether rows that wait are to weave in this step.
+        """Return a bool scalar: whether a group of the waiting rows weaves in this step.
 
         Args:
-            waiting: As in `Loop`.
+            waiting: `[B]` int32, number of steps that each row has waited (`Loop.waiting`).
             live: `[B]` bool, True for unfinished rows.
         """
         number = (waiting > 0).sum()
@@ -51,14 +51,15 @@ class Grouping:
 
 @dataclasses.dataclass(frozen=True)
 class Decoders:
-    """Decoders in the form that decodes fastest (`for_decoding`), prepared once before the loop.
+    """Decoders in their fastest form for decoding (`for_decoding`), prepared once before the loop.
 
     Attributes:
-        memgen: Model whose reasoner has the form for decoding.
-        weaver: Decoder with the weaver's adapter, in the form for decoding; None if events have no
-            latents.
-        trigger: Decoder with the trigger's adapter, in the form for decoding; None without a
-            learned trigger, or if the trigger reads the reasoner's hidden states.
+        memgen: Model whose reasoner is in the form for decoding.
+        weaver: The weaver's `DecoderBackbone` with the weaver's adapter, in the form for decoding;
+            None if events have no latents.
+        trigger: The trigger's `DecoderBackbone` with the trigger's adapter, in the form for
+            decoding; None without a learned trigger, or if the trigger's input is the reasoner's
+            hidden state.
     """
 
     memgen: MemGen
@@ -81,8 +82,8 @@ class Loop(ShortRepr):
     Attributes:
         events: `[B]` int32, number of events of each row so far, not counting the event before the
             first token.
-        waiting: `[B]` int32, number of steps since each row invoked the weaver, that step included;
-            0 for rows that do not wait.
+        waiting: `[B]` int32, number of steps that each row has waited to weave since the row
+            invoked the weaver, the step of the invocation included; 0 for rows that do not wait.
         done: `[B]` bool, True for finished rows.
         session: Session so far.
         response: Response so far, whose `count` is the index of each row's next token.
@@ -96,12 +97,13 @@ class Loop(ShortRepr):
 
 
 class EventInputs(NamedTuple):
-    """Inputs of one event in each row.
+    """Inputs besides the session with which the weaver writes the latents of one event per row.
 
     Attributes:
-        kind: `[B]` int32, `PROMPT` or `INFERENCE`.
-        keys: `[B]` random keys for `Request.keep_memory`.
-        snippets: Retrieved text, or None without a retriever.
+        kind: `[B]` int32, kind of each row's event, `PROMPT` or `INFERENCE`.
+        keys: `[B]` PRNG keys, from which a filter `Request.keep_memory` may draw which events it
+            drops at random.
+        snippets: Retrieved text for the weaver's context, or None without a retriever.
     """
 
     kind: jax.Array
@@ -119,18 +121,18 @@ def memory_event(
     begins: jax.Array,
     grouping: Grouping,
 ) -> Loop:
-    """Let the policy decide in some rows, and weave in rows that wait, if that is due.
+    """Let the trigger policy decide in rows at a boundary, then weave in waiting rows, if due.
 
     Args:
         decoders: Decoders of the loop.
         request: Options of the response.
-        loop: Loop before the event.
-        boundary: `[B]` bool, True for rows in which the policy decides.
+        loop: State of the loop before this step's decisions.
+        boundary: `[B]` bool, True for rows in which the policy decides in this step.
         begins: `[B]` bool, True for rows before the first token of a response.
-        grouping: How many rows weave together.
+        grouping: Size of a group of rows that weave together.
 
     Returns:
-        Loop after the event. Rows that still wait generate no token.
+        State of the loop after this step's events. Rows that still wait generate no token.
     """
     memgen, at, kept = decoders.memgen, loop.response.count, jnp.zeros_like(boundary)
     _, decision_keys, event_keys = loop.session.step_keys(at)
@@ -148,7 +150,7 @@ def memory_event(
         if memgen.config.weaver.latents:
             waiting = loop.waiting + (kept | (loop.waiting > 0))
             loop = dataclasses.replace(loop, waiting=waiting)
-            # Rows begin in the same step: nobody joins those that weave before the first token.
+            # All rows begin in the same step, so waiting before the first token gains no rows.
             due = (begins & (waiting > 0)).any() | grouping.due(waiting, ~loop.done)
             loop, kept = apply_if(due, weave, (loop, jnp.zeros_like(boundary)))
             decided = (boundary | (waiting > 0)) & (loop.waiting == 0)
@@ -161,7 +163,7 @@ def memory_event(
 def _decide(
     decoders: Decoders, request: Request, session: Session, boundary: jax.Array, keys: jax.Array
 ) -> tuple[Session, jax.Array]:
-    """Decide; return the session with the trigger's cache up to date, and `[B]` bool: invoked."""
+    """Return the session with the trigger's cache up to date, and `[B]` bool, True if invoked."""
     memgen = decoders.memgen
     if not request.policy.learned:
         logits = placed_beside(jnp.zeros((boundary.shape[0], 2)), boundary)
@@ -183,15 +185,15 @@ def _weave(
     keys: jax.Array,
     grouping: Grouping,
 ) -> tuple[Loop, jax.Array]:
-    """Weave in rows that wait; return the loop and the rows kept, `[B]` bool.
+    """Weave in rows that wait; return the loop and a mask `[B]` of rows with new latents.
 
-    The rows kept are those whose latents `keep_memory` did not drop. Groups of rows weave one after
+    The mask is False for rows whose latents `keep_memory` dropped. Groups of rows weave one after
     the other, so that the work grows with the number of rows that weave. If more than half of the
-    batch weaves, or a row weaves before its first token, one pass computes all rows.
+    batch weaves, or a row weaves before its first token, all rows are computed in one forward pass.
     """
     memgen, response = decoders.memgen, loop.response
     waiting, live = loop.waiting, ~loop.done
-    # The trigger's cache is not touched, so it need not go through the loop over groups.
+    # Weaving does not change the trigger's cache, so the loop over groups does not carry it.
     trigger, session = loop.session.trigger, loop.session.replace(trigger=None)
     snippets = None
     if request.retriever is not None:
@@ -230,7 +232,7 @@ def _weave(
 
 
 class _Weaving(NamedTuple):
-    """`Loop.waiting` of the rows that are left, and the results of all rows so far."""
+    """State of the loop over groups: waiting steps of rows left to weave, and results so far."""
 
     left: jax.Array
     session: Session
@@ -245,7 +247,7 @@ def _weave_group(
     grouping: Grouping,
     state: _Weaving,
 ) -> _Weaving:
-    """Apply `_weave_rows` to a group of the rows that are left, those that waited longest."""
+    """Apply `_weave_rows` to a group of the rows left to weave, those that waited longest."""
     axes = state.session.batch_axes(decoders.memgen.reasoner, decoders.weaver, None)
     rows = RowGroup.next(state.left, grouping.shards, grouping.rows)
     weaves = rows.take(state.left) > 0
@@ -268,7 +270,15 @@ def _weave_rows(
     weaves: jax.Array,
     inputs: EventInputs,
 ) -> tuple[Session, jax.Array, jax.Array]:
-    """Weave in some rows; return the session, the latents `[R, K, D]`, and the rows kept `[R]`."""
+    """Weave in `R` rows; return the session, the latents `[R, K, D]`, and a mask of kept rows.
+
+    Args:
+        decoders: Decoders of the loop.
+        request: Options of the response.
+        session: Session of the `R` rows.
+        weaves: `[R]` bool, True for rows that weave.
+        inputs: Inputs of the events of the `R` rows.
+    """
     memgen, weaver = decoders.memgen, decoders.memgen.weaver
     width = weaver.width(inputs.kind)
     if session.weaver is None:
@@ -286,7 +296,7 @@ def _weave_rows(
 def _weave_from_context(
     decoders: Decoders, session: Session, weaves: jax.Array, inputs: EventInputs
 ) -> tuple[jax.Array, Session]:
-    """Return latents `[R, K, D]`, and the session with the weaver's cache up to date."""
+    """Return the latents `[R, K, D]`, and the session with the weaver's cache up to date."""
     memgen, weaver = decoders.memgen, decoders.memgen.weaver
     assert session.weaver is not None
     fetch, target = session.weaver_inputs(memgen)
@@ -298,14 +308,14 @@ def _weave_from_context(
         )
     else:
         state = session.weaver.extend_to(decoders.weaver, fetch, target, weaves)
-        # Snippets and queries leave no trace: the session keeps the cache without them.
+        # The session keeps the cache without snippets and queries.
         hidden, _ = decoders.weaver.extend(state.cache, suffix, jnp.where(weaves, first + slots, 0))
     latents = weaver.memory(take(hidden, first[:, None] + jnp.arange(slots)))
     return latents, session.replace(weaver=state)
 
 
 def _retrieve(memgen: MemGen, retriever: Any, session: Session, invoked: jax.Array) -> Snippets:
-    """Query the retriever on the host for the rows `invoked`."""
+    """Query the `Retriever` on the host for the rows in which `invoked [B]` is True."""
     batch = invoked.shape[0]
     shapes = (
         jax.ShapeDtypeStruct((batch, retriever.max_snippet_tokens), jnp.int32),
@@ -319,10 +329,10 @@ def _retrieve(memgen: MemGen, retriever: Any, session: Session, invoked: jax.Arr
 
 
 def apply_if(predicate: jax.Array, update: Callable, state: Any) -> Any:
-    """Return `update(state)` if the scalar predicate holds, else `state` at no cost.
+    """Return `update(state)` if the scalar predicate holds, else the pytree `state` at no cost.
 
-    This is `lax.cond` written as a `while_loop` of at most one round, because XLA updates a loop's
-    carry in place, whereas it may copy caches that pass through a conditional.
+    This is `lax.cond` written as a `while_loop` of at most one iteration, because XLA updates a
+    loop's carry in place, but may copy the caches that are operands of a conditional.
     """
     return jax.lax.while_loop(
         lambda carry: carry[0],

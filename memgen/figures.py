@@ -1,4 +1,4 @@
-"""Figures of the analyses of memory. All need matplotlib and raise a ValueError without it."""
+"""Figures of analyses of latent memory. All raise a ValueError if matplotlib is missing."""
 
 from collections.abc import Callable, Mapping, Sequence
 from itertools import cycle
@@ -13,7 +13,8 @@ from memgen.response import Response
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# Okabe & Ito 2008, told apart by colour-blind readers; markers where there are more groups.
+# Palette of Okabe & Ito 2008, which colour-blind readers can distinguish. Markers, in a cycle of
+# another length, distinguish groups of equal colour.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 BLUE, VERMILION, GREY = "#0072B2", "#D55E00", "#999999"
@@ -22,13 +23,13 @@ BLUE, VERMILION, GREY = "#0072B2", "#D55E00", "#999999"
 def clusters_figure(
     points: np.ndarray, method: str, clusters: Clusters, tags: Sequence[str] | np.ndarray
 ) -> "Figure":
-    """Plot the mean latents in two dimensions, coloured by cluster and, beside it, by tag.
+    """Plot the mean latents in two dimensions, in one panel by cluster and in one panel by tag.
 
     Args:
-        points: `[M, 2]` points, as `embed_2d` returns them.
+        points: `[M, 2]` points of `M` memories, as `embed_2d` returns them.
         method: Name of the embedding method, as `embed_2d` returns it, for the axes' labels.
         clusters: Clusters of the memories, as `cluster` returns them.
-        tags: `[M]`, tag of each memory.
+        tags: `[M]` tag of each memory.
     """
     figure = _figure(9.6, 4.4)
     axes = figure.subplots(1, 2, sharex=True, sharey=True)
@@ -57,12 +58,12 @@ def clusters_figure(
 
 
 def ranks_figure(ranks: np.ndarray, tags: Sequence[str] | np.ndarray, slots: int) -> "Figure":
-    """Plot the effective rank of each memory, one column for each tag, with the tags' means.
+    """Plot the effective rank of each memory, in one column for each tag, with the tag's mean.
 
     Args:
-        ranks: `[M]` effective ranks, as `effective_rank` returns them.
-        tags: `[M]`, tag of each memory.
-        slots: Number K of latents of a memory, which is the maximum rank.
+        ranks: `[M]` effective ranks of `M` memories, as `effective_rank` returns them.
+        tags: `[M]` tag of each memory.
+        slots: Number of latent slots of a memory, which is the maximum rank.
     """
     names = sorted(set(map(str, tags)))
     figure = _figure(max(3.6, 1.6 + 1.1 * len(names)), 4.2)
@@ -90,7 +91,7 @@ def ranks_figure(ranks: np.ndarray, tags: Sequence[str] | np.ndarray, slots: int
 
 
 def invocations_figure(histogram: InvocationHistogram) -> "Figure":
-    """Plot the number of decisions per response by position, one panel for each tag."""
+    """Plot the number of trigger decisions per response by position, one panel for each tag."""
     tags = list(histogram.queried)
     figure = _figure(7.0, 1.2 + 1.6 * len(tags))
     axes = figure.subplots(len(tags), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
@@ -119,7 +120,7 @@ def nearest_figure(
     Args:
         neighbours: Nearest tokens, as `nearest_tokens` returns them.
         texts: Surface text of each token id.
-        rows: Name of each latent, for the rows' labels.
+        rows: Name of each latent, which labels the latent's row of the table.
     """
     count, nearest = neighbours.ids.shape
     figure = _figure(2.6 + 1.15 * nearest, 1.5 + 0.3 * count)
@@ -146,16 +147,16 @@ def ablation_figure(
     score: str,
     dropped: Mapping[str, float],
 ) -> "Figure":
-    """Plot, for each cluster, the score of its ablation beside the score of its random control.
+    """Plot the score of each cluster's ablation beside the score of the ablation's random control.
 
     Args:
-        ablated: Dict from a cluster's name to the score without the cluster's memories and the
-            score's standard error.
-        control: Dict from a cluster's name to the score without as many memories at random and the
-            score's standard error.
-        baseline: Score with all memories, and its standard error.
+        ablated: Mapping from a cluster's name to the score with the cluster's memories dropped, and
+            the standard error of the score.
+        control: Mapping from a cluster's name to the score with as many memories dropped at random,
+            and the standard error of the score.
+        baseline: Score with all memories, and the standard error of the score.
         score: Name of the score with its unit, for the axis label.
-        dropped: Dict from a cluster's name to the fraction of memories that its ablation drops.
+        dropped: Mapping from a cluster's name to the fraction of memories that its ablation drops.
     """
     figure = _figure(max(5.4, 2.6 + 1.1 * len(ablated)), 4.2)
     axis = figure.subplots()
@@ -176,7 +177,7 @@ def ablation_figure(
 
 
 def distances_figure(distances: Mapping[tuple[str, str], CenterDistance]) -> "Figure":
-    """Plot the distances of `center_distances` as bars, one panel for each distance measure."""
+    """Plot the result of `center_distances` as bars, one panel for each distance measure."""
     figure = _figure(9.6, 1.5 + 0.45 * len(distances))
     from matplotlib.ticker import MaxNLocator
 
@@ -200,7 +201,7 @@ def distances_figure(distances: Mapping[tuple[str, str], CenterDistance]) -> "Fi
 
 
 def continual_figure(report: ContinualReport, digits: int = 1) -> "Figure":
-    """Draw a heat map of each task's accuracy after each stage; a frame marks the task trained."""
+    """Draw a heat map of accuracies by stage and task; frames mark the task that a stage trains."""
     rows, tasks = report.accuracy.shape
     figure = _figure(2.6 + 1.0 * tasks, 1.8 + 0.5 * rows)
     from matplotlib.patches import Rectangle
@@ -242,10 +243,10 @@ def strips_figure(
     A dotted line marks a boundary at which the trigger decided not to weave.
 
     Args:
-        responses: Responses to the same prompts, by name.
-        prompts: Token ids of the prompt of each row, drawn on grey.
+        responses: Mapping from a name to a response; all responses answer the same prompts.
+        prompts: Token ids of the prompt of each row, drawn on a grey background.
         text_of: Function from a token id to its text.
-        rows: Indices of the rows to draw, the same of each response; by default the first three.
+        rows: Indices of the rows to draw of each response; by default the first three rows.
 
     Raises:
         ValueError: A row index is outside of the prompts or of a response.

@@ -1,7 +1,8 @@
-"""Insertion of latents: plans, index maps and streams, as pure functions of static shape.
+"""Insertion of latents between tokens: plans, index maps and assembly, all of static shapes.
 
-A row of `L` tokens with `E` events becomes a stream: the `width[e]` latents of event `e` are
-inserted right before token `point[e]`. Rows are padded on the right.
+The reasoner's input sequence, here called the stream, consists of the `L` embedded tokens of a row
+and the latents of the row's `E` events: the `width[e]` latents of event `e` are inserted right
+before token `point[e]`. Rows are padded on the right.
 """
 
 from __future__ import annotations
@@ -25,19 +26,20 @@ if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int, Key, UInt8
 
 PROMPT, INFERENCE = 0, 1
-HASH = 0x01000193  # a prime, the base of polynomial hashes modulo 2**32
+HASH = 0x01000193  # prime base of polynomial hashes modulo 2**32
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, repr=False)
 class Plan(ShortRepr):
-    """The events of each row, at most `E`, whose points ascend.
+    """Where events insert latents: up to `E` events in each row, in increasing order of points.
 
     Attributes:
-        point: `[B, E]` int32, index of the token right after the event's latents; -1 for an unused
+        point: `[B, E]` int32, index of the token right after each event's latents; -1 for an unused
             event.
-        kind: `[B, E]` int32, `PROMPT` or `INFERENCE`.
-        width: `[B, E]` int32, number of latents of the event; 0 for an unused event.
+        kind: `[B, E]` int32, kind of each event: `PROMPT` (before the response) or `INFERENCE` (at
+            a boundary).
+        width: `[B, E]` int32, number of latents of each event; 0 for an unused event.
     """
 
     point: jax.Array
@@ -46,7 +48,7 @@ class Plan(ShortRepr):
 
     @classmethod
     def of(cls, point: Int[Array, "B E"], kind: Int[Array, "B E"], config: MemGenConfig) -> Plan:
-        """Make a plan in which the config determines each event's number of latents by its kind.
+        """Make a plan in which each event has as many latents as the config sets for its kind.
 
         Args:
             point: Index of the token right after each event, int32; -1 for an unused event.
@@ -54,7 +56,7 @@ class Plan(ShortRepr):
             config: Config of the MemGen that weaves.
 
         Raises:
-            ValueError: The points of a row do not ascend (checked unless they are traced).
+            ValueError: The points of a row are not in increasing order (checked unless traced).
         """
         if not isinstance(point, Tracer):
             _check_ascending(on_host(point))
@@ -65,7 +67,7 @@ class Plan(ShortRepr):
 
     @property
     def start(self) -> Int[Array, "B E"]:
-        """Index in the stream of each event's first latent; 0 for an unused event."""
+        """Index of each event's first latent in the stream; 0 for an unused event."""
         before = jnp.cumsum(self.width, axis=1) - self.width
         return jnp.where(self.point >= 0, self.point + before, 0)
 
@@ -82,7 +84,7 @@ def _check_ascending(point: np.ndarray) -> None:
 def check_plan(plan: Plan, tokens: Int[AnyArray, "B L"], slots: int) -> None:
     """Raise a ValueError unless a plan fits `tokens` and has at most `slots` latents per event.
 
-    The number of rows is always checked. Widths and points are checked unless they are traced.
+    The number of rows is always checked, widths and points only if they are not traced.
     """
     rows, length = tokens.shape
     if not isinstance(plan, Plan):
@@ -110,30 +112,31 @@ def check_plan(plan: Plan, tokens: Int[AnyArray, "B L"], slots: int) -> None:
 
 
 def stream_index(plan: Plan, length: int) -> Int[Array, "B L"]:
-    """Index of each token in the stream: `phi(i) = i + number of latents before token i`."""
+    """Return each token's index in the stream, `phi(i) = i + number of latents before token i`."""
     token = jnp.arange(length)
     before = (plan.point[:, :, None] >= 0) & (plan.point[:, :, None] <= token)
     return token + (plan.width[:, :, None] * before).sum(axis=1)
 
 
 def predictor_index(plan: Plan, length: int) -> Int[Array, "B L"]:
-    """Index in the stream of the vector whose output predicts each token: `phi(i) - 1`.
+    """Return the index in the stream of the hidden state that predicts each token, `phi(i) - 1`.
 
-    It is -1 for a row's first token if no event precedes it: no output predicts this token.
+    The index is -1 for a row's first token if no event precedes the token.
     """
     return stream_index(plan, length) - 1
 
 
 def stream_length(plan: Plan, length: Int[Array, " B"]) -> Int[Array, " B"]:
-    """Number of vectors of each row's stream, for rows of `length` tokens."""
+    """Return the number of vectors in each row's stream: `length [B]` tokens and all latents."""
     return length + plan.width.sum(axis=1)
 
 
 def stream_source(plan: Plan, length: int, slots: int) -> Int[Array, "B S"]:
-    """Index of the source of each of the `S = L + E*K` vectors of a stream.
+    """Return which token or latent stands at each index of the stream.
 
-    Sources are numbered: index `i < length` is token `i`, and index `length + e * slots + k` is
-    latent `k` of event `e`.
+    The stream has `S = L + E*K` vectors, for `L` tokens (`length`), `E` events and `K` latent slots
+    of an event (`slots`). A result `i < L` stands for token `i`, and `L + e*K + k` for latent `k`
+    of event `e`.
     """
     events = plan.point.shape[1]
     index = jnp.arange(length + events * slots)
@@ -148,11 +151,12 @@ def stream_source(plan: Plan, length: int, slots: int) -> Int[Array, "B S"]:
 def assemble(
     vectors: Float[Array, "B L D"], latents: Float[Array, "B E K D"], plan: Plan
 ) -> Float[Array, "B L+E*K D"]:
-    """Insert latents between embedded tokens; vectors after a row's end are arbitrary.
+    """Insert latents between embedded tokens; the result is arbitrary after a row's end.
 
     Args:
-        vectors: Embedded tokens.
-        latents: Latents of each event, of which the first `plan.width` are inserted.
+        vectors: Embeddings of `L` tokens in each row.
+        latents: Latents of `E` events in `K` slots each, of which the first `plan.width` are
+            inserted.
         plan: Events of each row.
     """
     batch, length, dim = vectors.shape
@@ -171,16 +175,16 @@ def plan_insertions(
     config: MemGenConfig,
     key: Key[Array, ""] | None = None,
 ) -> Plan:
-    """Plan the events of training texts: one before the response, others at boundaries within it.
+    """Plan the events of training texts: before the response, and at boundaries within it.
 
     Args:
-        tokens: Token ids of prompt and response, padded on the right.
+        tokens: Token ids of prompt and response, padded on the right to `L` tokens.
         loss_mask: Mask that is True for tokens of the response. A boundary is used only between two
             tokens of the response.
-        boundary: Flags of each id, as `boundary_table` returns them.
+        boundary: Flags of each token id, as `boundary_table` returns them.
         config: Config of the MemGen that weaves.
-        key: Random key, required if `config.insertion` is "random". A row's events depend only on
-            the key and the row's text, not on its batch or padding, so equal texts have equal
+        key: PRNG key, required if `config.insertion` is "random". A row's events depend only on
+            the key and the row's text, not on the batch or the padding, so equal texts have equal
             events.
 
     Raises:
@@ -213,7 +217,7 @@ def plan_insertions(
 
 
 def _row_keys(key: jax.Array, tokens: jax.Array, loss_mask: jax.Array) -> jax.Array:
-    """Derive a key for each row from its tokens up to the last token of the response."""
+    """Derive a PRNG key for each row from its tokens up to the last token of the response."""
     text = jnp.cumsum(loss_mask[:, ::-1], axis=1)[:, ::-1] > 0
     weights = jnp.cumprod(jnp.full(tokens.shape[1:], HASH, jnp.uint32))
     hashes = jnp.where(text, (tokens + 1).astype(jnp.uint32) * weights, 0).sum(axis=1)
@@ -223,16 +227,16 @@ def _row_keys(key: jax.Array, tokens: jax.Array, loss_mask: jax.Array) -> jax.Ar
 def plan_from_decisions(
     decisions: Int[AnyArray, "B T"], prompt_length: Int[AnyArray, " B"], config: MemGenConfig
 ) -> Plan:
-    """Recover the plan of generated texts (rows of prompt and response) from their decisions.
+    """Make the plan of generated texts, each a prompt and its response, from recorded decisions.
 
     Args:
-        decisions: Decision before each new token: 1 invoked, 0 skipped, -1 none
+        decisions: Trigger's decision before each new token: 1 invoked, 0 skipped, -1 none
             (`Response.decisions`).
         prompt_length: Number of tokens of each prompt.
         config: Config of the MemGen that generated the texts.
 
     Raises:
-        ValueError: The decisions are not `[B, T]`, or there is not one length for each row.
+        ValueError: The decisions are not `[B, T]`, or there is not one prompt length per row.
     """
     check_config(config, MemGenConfig)
     if jnp.ndim(decisions) != 2:
@@ -256,7 +260,7 @@ def _plan(point: jax.Array, config: MemGenConfig) -> Plan:
 
 
 def check_one_response(loss_mask: Any) -> None:
-    """Raise a ValueError unless each row of `loss_mask [B, L]` has exactly one run of True."""
+    """Raise a ValueError unless each row of `loss_mask [B, L]` has one contiguous run of True."""
     marks = np.asarray(loss_mask, bool)
     begins = marks & ~np.pad(marks, ((0, 0), (1, 0)))[:, :-1]
     for row, count in enumerate(begins.sum(axis=1)):

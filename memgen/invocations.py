@@ -21,22 +21,23 @@ def invocation_penalty(
 ) -> np.ndarray:
     """Compute the penalty λ Σ_j max(0, d_j - p̄) of each trajectory (arXiv 2509.24704).
 
-    Subtract it from the reward before rewards are normalised by group. The sum is over the
-    decisions d_j of the trajectory, each 0 (skipped) or 1 (invoked), so it is (1 - p̄) times the
-    number of invocations. p̄ is the mean invocation rate of the good trajectories, whose reward is
-    at least the median reward.
+    Subtract the penalty from the reward before rewards are normalised by group. The sum is over the
+    decisions d_j of the trajectory, each 0 (skipped) or 1 (invoked), so the sum is (1 - p̄) times
+    the number of invocations. p̄ is the mean invocation rate of the good trajectories, which are
+    those with at least the median reward.
 
-    A trajectory without decisions has penalty 0. Its reward counts in the median. With the rate
+    A trajectory without decisions has penalty 0, but its reward counts in the median. With the rate
     "decisions", such a trajectory has no rate and does not enter the mean p̄; with the rate
     "tokens", its rate is 0. If no good trajectory has a decision, p̄ is 0.
 
     Args:
-        decisions: Decisions of each trajectory, `[K, L]` int: -1 none, 0 skipped, 1 invoked.
+        decisions: `[K, L]` int, decisions of `K` trajectories at up to `L` tokens: -1 none,
+            0 skipped, 1 invoked.
         reward: Reward of each trajectory before any penalty, `[K]`.
         length: Number of tokens of each trajectory, `[K]`; used only with the rate "tokens".
-        group: Id of the group of each trajectory, `[K]` int, with any values.
-        valid: Whether a row is a trajectory and not padding, `[K]` bool. Padding has penalty 0 and
-            no influence on the other rows.
+        group: Integer that identifies the group of each trajectory, `[K]`.
+        valid: Whether a row is a trajectory and not padding, `[K]` bool. A padding row has penalty
+            0 and no influence on other rows.
         weight: Weight of the penalty (λ). The paper gives no value; 0.01 to 0.3 is sensible with
             rewards of 0 and 1.
         rate: Denominator of the invocation rate: the number of "decisions" of a trajectory (the
@@ -89,7 +90,7 @@ def _refuse(rows: np.ndarray, bad: np.ndarray, why: str) -> None:
 
 
 def _medians(values: np.ndarray, index: np.ndarray) -> np.ndarray:
-    """Median of each group, `[G]`; of an even number the mean of the middle two."""
+    """Return the median of each group; for an even number of values, the mean of the middle two."""
     order = np.lexsort((values, index))
     size = np.bincount(index)
     start = np.cumsum(size) - size

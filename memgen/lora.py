@@ -24,7 +24,7 @@ class LowRank(nnx.Module):
         inputs: Number of inputs of the layer.
         outputs: Number of outputs of the layer.
         config: Rank, scale and dropout.
-        rngs: Random keys of the initial value of A; B is initialised to 0.
+        rngs: PRNG keys that initialise A; B is initialised to 0.
         kind: Variable type of A and B, by which a training stage selects its parameters.
         axes: Names of the layer's axes as `(names of the stack's axes, name of the inputs, name of
             the outputs)`; None for axes without names.
@@ -53,7 +53,7 @@ class LowRank(nnx.Module):
         self.key: jax.Array | None = nnx.data(None)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Map `x [..., inputs]` to `[..., outputs]`; A and B must be without stack axes."""
+        """Map `x [..., inputs]` to `[..., outputs]`; A and B must have no stack axes."""
         if self.key is not None and self.dropout:
             keep = jax.random.bernoulli(
                 jax.random.wrap_key_data(self.key), 1 - self.dropout, x.shape
@@ -80,8 +80,8 @@ def make_adapter(
     Args:
         backbone: Decoder to adapt.
         config: Targets, rank, scale and dropout.
-        rngs: Random keys of the initial values.
-        kind: Variable type of the parameters, by which a training stage selects them.
+        rngs: PRNG keys that initialise the adapter.
+        kind: Variable type of the adapter's parameters, by which a training stage selects them.
 
     Returns:
         Dict from a linear layer's name to its `LowRank`.
@@ -120,7 +120,7 @@ def make_adapter(
 
 
 def _axes(backbone: Any) -> Mapping[str, LayerAxes]:
-    """Names of the axes of the linear layers whose axes the backbone names."""
+    """Return the axis names of those linear layers of the backbone that have axis names."""
     if hasattr(backbone, "lora_axes"):
         return backbone.lora_axes
     targets = backbone.lora_targets
@@ -134,7 +134,12 @@ def _matches(name: str, target: str) -> bool:
 
 
 def with_dropout(adapter: Mapping[str, LowRank], key: jax.Array | None) -> Mapping[str, LowRank]:
-    """Return the adapter with a key for dropout of its inputs; unchanged if the key is None."""
+    """Return a copy of the adapter with dropout on its inputs.
+
+    Args:
+        adapter: Mapping from a linear layer's name to its `LowRank`.
+        key: PRNG key of the dropout masks; None returns the adapter itself, without dropout.
+    """
     if key is None:
         return adapter
     noisy = {}

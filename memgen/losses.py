@@ -1,4 +1,7 @@
-"""Log-probabilities, and losses of weaver and trigger, each as a sum and a weight to divide by."""
+"""Log-probabilities, and the training losses of weaver and trigger.
+
+Each loss is returned as a sum and a count, so that losses of several batches can be averaged.
+"""
 
 from __future__ import annotations
 
@@ -32,18 +35,18 @@ def token_log_probs(
 ) -> Float[Array, "B L"]:
     """Compute float32 log-probabilities of target tokens; they are 0 where masked out.
 
-    Logits are computed for `chunk` positions at a time, so no array `[B, L, V]` is made. A chunk
-    that is masked out in all rows is skipped.
+    Logits are computed for `chunk` positions at a time, so no array `[B, L, V]` is materialized. A
+    chunk that is masked out in all rows is skipped.
 
     Args:
         backbone: Decoder whose `unembed` gives the logits.
-        hidden: Hidden states; the one at position `i` predicts target `i`.
+        hidden: Hidden states; hidden state `i` predicts target `i`.
         targets: Ids of the target tokens.
         loss_mask: Mask that is True for the targets to score.
         temperature: Temperature by which logits are divided.
         valid_vocab_size: Number of ids that can be sampled: ids from `valid_vocab_size` on have
-            probability 0. By default all ids have a probability.
-        chunk: Maximum number of positions at a time; more than 32 rows lower it.
+            probability 0. By default all ids can be sampled.
+        chunk: Maximum number of positions at a time; at most `4096 / B` positions are used.
 
     Raises:
         ValueError: There is not one hidden state and one entry of the mask for each target.
@@ -76,17 +79,19 @@ def token_log_probs(
 
 
 def by_chunk(part: Callable[..., Any], values: Sequence[jax.Array], chunk: int = CHUNK) -> Any:
-    """Apply a function of positions to one chunk of positions after the other.
+    """Apply a function to arrays in chunks of positions, one chunk after the other.
 
-    The backward pass recomputes each chunk, so that the memory of one chunk suffices.
+    The backward pass recomputes each chunk, so device memory holds the intermediate values of a
+    single chunk.
 
     Args:
-        part: Function from the arrays' chunks `[B, C, ...]` to a tree of arrays `[B, C]`.
-        values: Arrays `[B, L, ...]`, the arguments of `part`.
-        chunk: Maximum number of positions C at a time; more than 32 rows lower it.
+        part: Function from chunks `[B, C, ...]` of `C` positions of the arrays to a pytree of
+            arrays `[B, C]`.
+        values: Arrays `[B, L, ...]` with `L` positions, the arguments of `part`.
+        chunk: Maximum number of positions of a chunk; at most `4096 / B` positions are used.
 
     Returns:
-        Tree of arrays `[B, L]`, the chunks' results in order.
+        Pytree of arrays `[B, L]`, in which the results of all chunks are concatenated.
     """
     batch, length = jnp.shape(values[0])[:2]
     chunk = min(chunk, length, max(1, CHUNK * 32 // batch))
@@ -110,7 +115,7 @@ def sft_loss(
     plan: Plan,
     dropout: Key[Array, ""] | None = None,
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """Compute the negative log-likelihood of responses with memory (arXiv 2509.24704, eq. 11).
+    """Compute the negative log-likelihood of responses with latents (arXiv 2509.24704, eq. 11).
 
     Args:
         memgen: Model to train.
@@ -118,15 +123,15 @@ def sft_loss(
         loss_mask: Mask that is True for tokens of the response. It must be False for padding and
             for a row's first token.
         plan: Events of each row, as `plan_insertions` returns them.
-        dropout: Random key of the weaver's adapter dropout; None switches dropout off.
+        dropout: PRNG key of the dropout of the weaver's adapter; None switches dropout off.
 
     Returns:
-        Sum of the loss over the response's tokens in nats, and the number of these tokens, float32.
-        Their quotient is the mean loss per token.
+        Sum of the loss over the responses' tokens in nats, and the number of these tokens, float32.
+        The sum divided by the number is the mean loss per token.
 
     Raises:
         ValueError: The tokens are not integers `[B, L]`, or the loss mask or the plan does not fit
-            them.
+            the tokens.
     """
     check_memgen(memgen)
     tokens = checked_ids(tokens)
@@ -139,14 +144,14 @@ def sft_loss(
 def decision_log_probs(
     memgen: MemGen, tokens: Int[AnyArray, "B L"], decisions: Int[AnyArray, "B L"], plan: Plan
 ) -> Float[Array, "B L"]:
-    """Compute float32 log-probabilities of recorded decisions of a trigger, in one forward pass.
+    """Compute float32 log-probabilities of a trigger's recorded decisions, in one forward pass.
 
-    The trigger does not decide again: latents are inserted where the plan says.
+    Latents are inserted where the plan has events, whatever the trigger would decide now.
 
     Args:
         memgen: Model with a trigger.
         tokens: Token ids, padded on the right.
-        decisions: Decision before each token: 1 invoked, 0 skipped, -1 none.
+        decisions: Recorded decision before each token: 1 invoked, 0 skipped, -1 none.
         plan: Events of each row, as `plan_from_decisions` returns them.
 
     Returns:
@@ -176,26 +181,27 @@ def trigger_loss(
     """Compute the GRPO loss of a trigger's decisions (arXiv 2509.24704).
 
     The loss of a decision is max(-A r, -A clip(r, 1 - ε, 1 + ε)) + β k3. A is the advantage of the
-    row, and r the probability of the decision under the parameters to train, divided by its
-    probability under the parameters that sampled it. The loss of a row is the mean over its
-    decisions, and 0 without decisions. The rewards from which advantages are computed should
-    include `invocation_penalty`.
+    row. The ratio r is the probability of the decision under the parameters to train, divided by
+    its probability under the parameters with which the row was sampled. The loss of a row is the
+    mean over the row's decisions; a row without decisions has loss 0. The rewards from which
+    advantages are computed should have `invocation_penalty` subtracted.
 
     Args:
         log_probs: Log-probabilities of the decisions under the parameters to train
             (`decision_log_probs`).
-        decisions: Decision before each token: 1 invoked, 0 skipped, -1 none.
+        decisions: Recorded decision before each token: 1 invoked, 0 skipped, -1 none.
         advantages: Advantage of each row, e.g. its reward minus the mean reward of its group.
-        old: Log-probabilities under the parameters that sampled the rows, computed by the same
-            program as `log_probs`; None if these are the parameters to train.
+        old: Log-probabilities under the parameters with which the rows were sampled, computed by
+            the same program as `log_probs`; None if the rows were sampled with the parameters to
+            train.
         reference: Log-probabilities under the reference trigger of the KL penalty; None without a
             penalty.
-        clip: Clipping range of the ratio (ε).
+        clip: Clipping range of the ratio r (ε).
         kl: Weight of the KL penalty (β, estimator k3).
 
     Returns:
-        Sum of the rows' losses, and the number of rows, float32. Their quotient is the mean loss
-        per row.
+        Sum of the rows' losses, and the number of rows, float32. The sum divided by the number is
+        the mean loss per row.
 
     Raises:
         ValueError: The shapes do not fit each other, decisions are bool, or `kl` is not 0 and

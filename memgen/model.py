@@ -47,10 +47,11 @@ class Boundary(nnx.Variable):
 
 
 class Woven(NamedTuple):
-    """Rows of embedded tokens with latents inserted, as the reasoner reads them.
+    """Input sequences of the reasoner: embedded tokens with the latents of all events inserted.
 
     Attributes:
-        stream: `[B, S, D]` input vectors of the reasoner, padded on the right; `S = L + E*K`.
+        stream: `[B, S, D]` input vectors of the reasoner, padded on the right: `S = L + E*K` for
+            `L` tokens, `E` events and `K` latent slots of an event.
         length: `[B]` int32, number of real vectors of each row, tokens and latents.
         latents: `[B, E, K, D]` latents of each event.
     """
@@ -63,27 +64,29 @@ class Woven(NamedTuple):
 
 
 class MemGen(Module):
-    """Latent memory for a frozen decoder (arXiv 2509.24704).
+    """A frozen decoder with latent memory: reasoner, weaver and trigger (arXiv 2509.24704).
 
-    Weaver and trigger are adapters of decoders, with small layers of their own. The decoders'
-    weights are shared and never copied. A training stage updates the variables of type
-    `WeaverParam` or the variables of type `TriggerParam`.
+    Weaver and trigger consist of LoRA adapters on decoders and of small layers of their own. The
+    decoders' parameters are shared and never copied. A training stage updates either the variables
+    of type `WeaverParam` or the variables of type `TriggerParam`.
 
     Args:
-        reasoner: Frozen decoder that generates.
-        config: Sizes and options of weaver and trigger.
-        boundary: `[V]` uint8 flags of each of the reasoner's ids (`memgen.boundary_table`).
+        reasoner: Frozen decoder that generates text.
+        config: Sizes and options of weaver, trigger and events.
+        boundary: `[V]` uint8 array, flags of each token id (`memgen.boundary_table`).
         weaver_backbone: Decoder of the weaver; by default the reasoner.
         trigger_backbone: Decoder of the trigger; by default the reasoner. With the trigger's source
-            "tokens" it must have the reasoner's vocabulary, with "stream" the reasoner's width.
-        rngs: Random keys of the initial values.
+            "tokens", the decoder must have the reasoner's vocabulary; with "stream", the reasoner's
+            width.
+        rngs: PRNG keys that initialise weaver and trigger.
         kernel_init: Initializer of the kernels of the weaver's projections and of the trigger's
             head; by default as documented in `Weaver` and `Trigger`.
-        param_dtype: Dtype of the weaver's and the trigger's parameters. Adapters are float32.
+        param_dtype: Dtype of the weaver's and the trigger's parameters, except their adapters,
+            which are float32.
 
     Raises:
         ValueError: A decoder lacks a method, the table of boundaries does not have one entry for
-            each id, or the trigger's decoder does not fit its source.
+            each token id, or the trigger's decoder does not fit the trigger's source.
     """
 
     def __init__(
@@ -141,14 +144,14 @@ class MemGen(Module):
         return Trigger(decoder, config, **options)
 
     def with_reasoner(self, reasoner: DecoderBackbone) -> MemGen:
-        """Return a copy that shares all arrays but has another form of the reasoner."""
+        """Return a copy with another reasoner; the copy shares all other arrays."""
         leaves, structure = jax.tree.flatten(self)
         memgen: MemGen = jax.tree.unflatten(structure, leaves)
         memgen.reasoner = nnx.data(reasoner)
         return memgen
 
     def for_decoding(self) -> MemGen:
-        """Return a copy whose decoders have the form that decodes fastest, for many calls."""
+        """Return a copy with all decoders in their fastest form for decoding, for many calls."""
         memgen = self.with_reasoner(self.reasoner.for_decoding())
         for name in ("weaver_backbone", "trigger_backbone"):
             if (decoder := getattr(self, name)) is not None:
@@ -156,16 +159,20 @@ class MemGen(Module):
         return memgen
 
     def weaving(self, dropout: jax.Array | None = None) -> Any:
-        """Return the weaver's decoder with its adapter; a key switches the adapter's dropout on."""
+        """Return the weaver's decoder with the weaver's adapter.
+
+        Args:
+            dropout: PRNG key of the adapter's dropout; None switches dropout off.
+        """
         backbone = self.weaver_backbone or self.reasoner
         return backbone.apply_lora(with_dropout(self.weaver.adapter, dropout))
 
     def triggering(self) -> Any:
-        """Return the trigger's decoder with its adapter.
+        """Return the trigger's decoder with the trigger's adapter.
 
         Raises:
-            ValueError: There is no trigger, or it has no decoder because it reads the reasoner's
-                hidden states.
+            ValueError: There is no trigger, or the trigger has no decoder because its input is the
+                reasoner's hidden state.
         """
         trigger = self.checked_trigger()
         if trigger.adapter is None:
@@ -184,20 +191,20 @@ class MemGen(Module):
     def weave(
         self, tokens: Int[AnyArray, "B L"], plan: Plan, dropout: Key[Array, ""] | None = None
     ) -> Woven:
-        """Insert the latents of all events into rows of tokens.
+        """Embed tokens, and insert the latents that the weaver writes for all events of a plan.
 
         Args:
-            tokens: Token ids, padded on the right by any ids.
-            plan: Events of each row; each must stand before a real token.
-            dropout: Random key of the adapter's dropout, for training; None switches it off. With
-                `latents_see_latents`, each event has its own dropout mask.
+            tokens: Token ids, padded on the right with any ids.
+            plan: Events of each row; each event must stand before a real token.
+            dropout: PRNG key of the adapter's dropout, for training; None switches dropout off.
+                With `latents_see_latents`, each event has its own dropout mask.
 
         Returns:
-            Streams of tokens and latents, their lengths, and the latents.
+            Input sequences of the reasoner, their lengths, and the latents.
 
         Raises:
-            ValueError: The tokens are not integers `[B, L]`, or the plan does not fit them or the
-                config (its values are checked unless traced).
+            ValueError: The tokens are not integers `[B, L]`, or the plan does not fit the tokens or
+                the config (the plan's values are checked unless traced).
         """
         tokens = checked_ids(tokens)
         check_plan(plan, tokens, self.config.weaver.latents)
@@ -235,25 +242,25 @@ class MemGen(Module):
             )
             return latents.at[:, index].set(written.astype(latents.dtype)), None
 
-        # The backward pass recomputes each event; only its latents are kept.
+        # The backward pass recomputes each event: of the forward pass, only latents are kept.
         return jax.lax.scan(jax.checkpoint(event), latents, jnp.arange(plan.point.shape[1]))[0]
 
     def schedule(
         self, sizes: tuple[int, int, int], dropout: bool, shards: int = 1
     ) -> Schedule | None:
-        """Choose how `weave` weaves events that see each other's latents.
+        """Choose how `weave` computes events whose context includes the latents of earlier events.
 
         Args:
             sizes: Number of rows, number of tokens of a row, and number of events of a row.
             dropout: Whether `weave` is called with a dropout key.
-            shards: Number of devices over which the rows are split.
+            shards: Number of shards into which the rows are split over devices.
 
         Returns:
-            Schedule by which all events are woven over one cache; None to weave each event by a
-            forward pass of its own.
+            Schedule by which all events are woven over one cache; None to weave each event by its
+            own forward pass over the entire row.
         """
         if dropout and self.config.weaver.lora.dropout:
-            return None  # each event has a mask of its own over all that it reads
+            return None  # each event has its own dropout mask over its whole context
         decoder = self.weaver_backbone or self.reasoner
         return schedule_for(self.weaver, decoder, self.reasoner, sizes, shards)
 
@@ -263,9 +270,9 @@ class MemGen(Module):
         """Compute the reasoner's hidden states from which each token is predicted.
 
         If an event stands right before token `i`, token `i` is predicted from the hidden state at
-        the event's last latent, otherwise from the hidden state at token `i - 1`. A row's first
-        token without an event has no such state: its entry is arbitrary. Arguments and errors are
-        as in `weave`.
+        the event's last latent, otherwise from the hidden state at token `i - 1`. For a row's first
+        token without an event before it, the entry is arbitrary. Arguments and errors are as in
+        `weave`.
         """
         woven = self.weave(tokens, plan, dropout)
         hidden = self.reasoner.hidden_states(woven.stream, woven.length)
@@ -275,9 +282,9 @@ class MemGen(Module):
     def trigger_logits(self, tokens: Int[AnyArray, "B L"], plan: Plan) -> Float[Array, "B L 2"]:
         """Compute the trigger's float32 logits (skip, invoke) before each token.
 
-        The decision before token `i` depends on the tokens before it and, unless the trigger's
-        source is "tokens", on the latents of earlier events, but not on the latents of an event at
-        token `i` itself. The decision before token 0 has no input: its logits are zeros.
+        The logits before token `i` depend on the earlier tokens and, unless the trigger's source is
+        "tokens", on the latents of earlier events, but not on the latents of an event right before
+        token `i`. The logits before token 0, which have no input, are zeros.
 
         Args:
             tokens: Token ids, padded on the right.

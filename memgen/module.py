@@ -1,4 +1,4 @@
-"""NNX modules that show their constructors' arguments, and parameters that name their axes.
+"""Base class of NNX modules with a visible constructor signature; parameters with named axes.
 
 `Module` is a copy of `thoughtbubbles.module.Module`, as the two libraries do not import each other.
 """
@@ -17,15 +17,15 @@ Param = TypeVar("Param", bound=nnx.Variable)
 def named(
     kind: type[Param], value: jax.Array, axes: tuple[str | None, ...], inputs: int = 0
 ) -> Param:
-    """Make a parameter with named axes, which `nnx.get_partition_spec` maps to a mesh by its rules.
+    """Make a parameter with axis names, which `nnx.get_partition_spec` maps to mesh axes.
 
     Args:
         kind: Variable type of the parameter.
         value: Initial value.
-        axes: Name of each axis; None for an axis that is never split over devices.
-        inputs: Number of axes that a matrix product contracts, kept as metadata.
+        axes: Name of each axis; None for an axis that is never sharded.
+        inputs: Number of axes that a matrix product contracts, stored as the variable's metadata.
     """
-    # Not sharded where it is made, for which Flax would need a mesh.
+    # Flax would need a mesh to shard the parameter at its creation.
     return kind(value, inputs=inputs, out_sharding=axes, eager_sharding=False)
 
 
@@ -53,7 +53,7 @@ class _Constructor:
     """Descriptor that returns a class's constructor signature, which Flax's metaclass hides."""
 
     def __get__(self, instance: Any, owner: type) -> inspect.Signature | None:
-        if instance is not None:  # whose call is another one
+        if instance is not None:  # an instance's signature is that of `__call__`
             return None
         if owner.__init__ is object.__init__:
             return inspect.Signature()

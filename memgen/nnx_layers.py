@@ -20,17 +20,18 @@ LAYERS = (nnx.Linear, nnx.LinearGeneral, nnx.Einsum)
 OWN_CALLS = tuple(kind.__call__ for kind in LAYERS)
 
 LayerAxes = tuple[tuple[str | None, ...], str | None, str | None]
-"""Axis names of a linear layer: a tuple for its stack's axes, one for inputs, one for outputs."""
+"""Axis names of a linear layer: names of stacked axes, name of the inputs, name of the outputs."""
 
 
 class _Form(NamedTuple):
-    """How to view a layer's kernel as a matrix, and its input and output as vectors.
+    """How to reshape a layer's kernel to a matrix, and the layer's input and output to vectors.
 
     Attributes:
-        stack: Sizes of the leading axes that `nnx.vmap` or `nnx.scan` gave the kernel.
-        inputs: Sizes of the contracted axes, in the order of the kernel.
-        outputs: Sizes of the other axes, in the order of the kernel.
-        kernel: Order of the kernel's axes after the stack: contracted axes first, then the others.
+        stack: Sizes of the leading axes that `nnx.vmap` or `nnx.scan` added to the kernel.
+        inputs: Sizes of the kernel's contracted axes, in the kernel's order.
+        outputs: Sizes of the kernel's output axes, in the kernel's order.
+        kernel: Indices of the kernel's axes after the stack: contracted axes first, then output
+            axes.
         before: Einsum equation of the input that moves its contracted axes to the end, or None.
         after: Einsum equation from `[..., *outputs]` to the layer's output, or None.
         axis: Contracted axes of the input, used if `before` is None.
@@ -49,18 +50,18 @@ class _Form(NamedTuple):
         return self.stack, math.prod(self.inputs), math.prod(self.outputs)
 
     def rows(self, x: jax.Array) -> jax.Array:
-        """Reshape the layer's input to `[..., inputs]`."""
+        """Reshape the layer's input to vectors `[..., inputs]`."""
         last = range(-len(self.inputs), 0)
         x = jnp.einsum(self.before, x) if self.before else jnp.moveaxis(x, self.axis, last)
         return _joined(x, len(self.inputs))
 
     def of_rows(self, y: jax.Array) -> jax.Array:
-        """Reshape `[..., outputs]` to the layer's output."""
+        """Reshape vectors `[..., outputs]` to the layer's output."""
         y = y.reshape(*y.shape[:-1], *self.outputs)
         return jnp.einsum(self.after, y) if self.after else y
 
     def of_matrix(self, delta: jax.Array) -> jax.Array:
-        """Reshape `[*stack, inputs, outputs]` to the layer's kernel."""
+        """Reshape a matrix `[*stack, inputs, outputs]` to the layer's kernel."""
         delta = _whole(delta, 2).reshape(*self.stack, *self.inputs, *self.outputs)
         depth = len(self.stack)
         back = sorted(range(len(self.kernel)), key=self.kernel.__getitem__)
@@ -72,9 +73,9 @@ def linear_layers(module: nnx.Module) -> dict[str, tuple[tuple[int, ...], int, i
 
     Linear layers are instances of `nnx.Linear`, `nnx.LinearGeneral` and `nnx.Einsum` (or of
     subclasses), and modules whose class name ends in `Linear` and that have a
-    `kernel [inputs, outputs]`. `nnx.vmap` or `nnx.scan` may have stacked them on leading axes.
-    Layers with a matrix for each element of a batch axis are left out. So are `nnx.Einsum` layers
-    whose equation is passed to the call, or is not a single matrix product.
+    `kernel [inputs, outputs]`. `nnx.vmap` or `nnx.scan` may have stacked layers on leading axes.
+    Layers with one matrix per element of a batch axis are left out, and so are `nnx.Einsum` layers
+    whose equation is passed to the call or is not a single matrix product.
 
     Args:
         module: Module of any kind, or a pytree of modules.
@@ -92,17 +93,17 @@ def linear_layers(module: nnx.Module) -> dict[str, tuple[tuple[int, ...], int, i
 
 
 def linear_axes(module: nnx.Module, targets: Iterable[str]) -> dict[str, LayerAxes]:
-    """List the names that a module's linear layers give to the axes of their kernels.
+    """Return the axis names of the kernels of a module's linear layers.
 
-    If inputs or outputs consist of several axes, the name of the first axis stands for all.
+    If inputs or outputs consist of several axes, the name of the first axis stands for all of them.
 
     Args:
         module: Module of any kind.
         targets: Paths of the layers to list.
 
     Returns:
-        Dict from a layer's path to the names of its axes. Paths that are not of a linear layer, and
-        layers without axis names, are left out.
+        Dict from a layer's path to the layer's axis names. Targets that are not the path of a
+        linear layer, and layers without axis names, are left out.
     """
     found, targets = {}, set(targets)
     for name, layer in _named_layers(module):
@@ -121,13 +122,14 @@ def linear_axes(module: nnx.Module, targets: Iterable[str]) -> dict[str, LayerAx
 
 
 def apply_lora(module: nnx.Module, adapter: Mapping[str, Any]) -> Any:
-    """Return a copy of a module with adapters on its linear layers; it shares the module's arrays.
+    """Return a copy of a module with adapters on its linear layers; all arrays are shared.
 
-    This is the `DecoderBackbone.apply_lora` of NNX modules. An adapted layer is an instance of its
-    layer's class, and keeps its attributes (`kernel`, `out_features`, ...) and call arguments
-    (`out_sharding`). The adapter's output is added to the layer's output. A layer whose class
-    overrides `__call__` may scale its output, so there the adapter's matrix is added to the kernel
-    within the call instead. Either way the result is the same as after `merge_lora`.
+    NNX modules implement `DecoderBackbone.apply_lora` by this function. An adapted layer is an
+    instance of a subclass of the layer's class, and keeps the layer's attributes (`kernel`,
+    `out_features`, ...) and call arguments (`out_sharding`). The adapter's output is added to the
+    layer's output. If the layer's class overrides `__call__`, which may scale the output, the
+    adapter's matrix is added to the kernel during the call instead. Either way the result is the
+    same as after `merge_lora`.
 
     Args:
         module: Module with linear layers.
@@ -135,8 +137,8 @@ def apply_lora(module: nnx.Module, adapter: Mapping[str, Any]) -> Any:
             linear callable from `[..., inputs]` to `[..., outputs]`.
 
     Raises:
-        ValueError: A path is not of a linear layer, an adapter does not have its layer's shape, or
-            a layer has an adapter already.
+        ValueError: A path does not lead to a linear layer, an adapter does not have its layer's
+            shape, or a layer has an adapter already.
     """
 
     def change(name: str, layer: Any, form: _Form) -> Any:
@@ -161,8 +163,8 @@ def merge_lora(module: nnx.Module, deltas: Mapping[str, jax.Array]) -> Any:
             `[*stack, inputs, outputs]` (`LowRank.delta`).
 
     Raises:
-        ValueError: A path is not of a linear layer, a delta does not have its layer's shape, or a
-            layer has an adapter already.
+        ValueError: A path does not lead to a linear layer, a delta does not have its layer's shape,
+            or a layer has an adapter already.
     """
 
     def change(name: str, layer: Any, form: _Form) -> Any:
@@ -186,7 +188,7 @@ def _check_shape(name: str, what: str, shape: tuple[int, ...], form: _Form) -> N
 
 
 def choices(names: Mapping[str, Any]) -> str:
-    """List layers for an error message, without duplicates after indices are replaced by `*`."""
+    """List layer names for an error message, with `*` for indices and without duplicates."""
     short = (
         "/".join("*" if part.isdigit() else part for part in name.split("/")) for name in names
     )
@@ -213,7 +215,7 @@ def _changed(module: Any, changes: Mapping[str, Any], change: Any) -> Any:
             raise ValueError(f"no linear layer {name!r}: choose from {there}")
         if hasattr(known[name][0], "low_rank"):
             raise ValueError(f"{name} has an adapter already: merge it first (merge_lora)")
-    # Unflattened around new layers: the copy shares no object with the module, only arrays.
+    # Flattening and unflattening copies all objects: the copy shares only arrays with the module.
     found, structure = jax.tree_util.tree_flatten_with_path(module, is_leaf=_is_layer)
     parts = [
         change(name, *known[name]) if (name := _name(path)) in changes else _copy(part)
@@ -245,7 +247,7 @@ class _Adapted:
     def __call__(self, *args: Any, **kwargs: Any) -> jax.Array:
         layer: Any = self
         form = _form_of("a layer", layer)
-        assert form is not None  # or no adapter had been added to it
+        assert form is not None  # only layers with a form get an adapter
         if form.stack:
             raise ValueError(
                 f"a kernel of shape {layer.kernel.shape} is a stack of {form.target[1:]} matrices: "
@@ -258,7 +260,7 @@ class _Adapted:
         y = super().__call__(*args, **kwargs)  # pyright: ignore
         bound = inspect.signature(super().__call__).bind(*args, **kwargs)  # pyright: ignore
         inputs = next(iter(bound.arguments.values()))
-        # In the type that the layer computes in, which its dtype may set.
+        # The adapter computes in the dtype of the layer's output.
         update = form.of_rows(layer.low_rank(form.rows(inputs).astype(y.dtype)))
         return y + placed_as(update.astype(y.dtype), y)
 
@@ -270,8 +272,8 @@ class _Adapted:
 def _with_changed_kernel(layer: Any, kind: type, form: _Form) -> Any:
     """Return a copy of an adapted layer with the adapter merged into its kernel.
 
-    It is for layers whose class overrides `__call__`. Such a method may scale the result or
-    normalise the kernel, so adding the adapter's output to the result would be wrong.
+    This is for layers whose class overrides `__call__`. An overriding `__call__` may scale the
+    result or normalise the kernel, so adding the adapter's output to the result would be wrong.
     """
     low = layer.low_rank
     if not hasattr(low, "delta"):
@@ -327,7 +329,7 @@ def _einsum_form(name: str, layer: nnx.Einsum) -> _Form | None:
     contracted = [axis for axis in kernel if axis in given]
     kept = [axis for axis in kernel if axis not in given]
     rest = "".join(axis for axis in given if axis not in contracted)
-    # A matrix alone: no axis of the kernel is a batch axis, none is summed away or repeated.
+    # A single matrix product: no axis of the kernel is a batch axis, summed over or repeated.
     plain = sorted(rest + "".join(kept)) == sorted(result) and len(set(kernel)) == len(kernel)
     if not plain or not contracted or not kept or "." in kernel:
         return None
@@ -344,7 +346,7 @@ def _einsum_form(name: str, layer: nnx.Einsum) -> _Form | None:
 
 
 def _stack(name: str, layer: Any, own: tuple[int, ...]) -> tuple[int, ...]:
-    """Sizes of a kernel's stacked axes, in front of the axes `own` of a single layer."""
+    """Return the sizes of a kernel's stacked axes, which precede the axes `own` of one layer."""
     shape = tuple(layer.kernel.shape)
     if shape[max(0, len(shape) - len(own)) :] != own:
         raise ValueError(
@@ -355,9 +357,9 @@ def _stack(name: str, layer: Any, own: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _joined(x: jax.Array, axes: int) -> jax.Array:
-    """Merge the last `axes` axes of `x` into one, which is split over devices as their first was.
+    """Merge the last `axes` axes of `x` into one axis, with the sharding of the first of them.
 
-    Explicit splits of the others are gathered, since one axis can't keep them.
+    Explicit sharding of the other merged axes is gathered, since the merged axis can't keep it.
     """
     x = _whole(x, axes - 1)
     rows, here = x.ndim - axes, jax.typeof(x).sharding
@@ -369,7 +371,7 @@ def _joined(x: jax.Array, axes: int) -> jax.Array:
 
 
 def _whole(x: jax.Array, axes: int) -> jax.Array:
-    """Gather the last `axes` axes of `x` if they are explicitly sharded."""
+    """Gather `x` over its last `axes` axes, if they are explicitly sharded."""
     here = jax.typeof(x).sharding
     if not any(here.spec[x.ndim - axes :]):
         return x

@@ -1,4 +1,4 @@
-"""Responses as HTML: for Jupyter, or saved as a page that needs no other file."""
+"""Responses rendered as HTML, for display in Jupyter or as a self-contained file."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
-TOKENS, ROWS = 1000, 16  # what a page shows at most: of a row, of a batch
-LONGEST = 24  # characters of a token's text; all of it is in the title
-_JOINERS = "\u200c\u200d"  # not printable, but emoji and Persian are other texts without them
+TOKENS, ROWS = 1000, 16  # maximum numbers of cells of a row and of rows of a page
+LONGEST = 24  # maximum characters shown of a token's text; the title holds the entire text
+_JOINERS = "\u200c\u200d"  # not printable, but essential to emoji and Persian text
 _DECISIONS = ("no decision", "memory skipped", "memory woven")  # for -1, 0, 1
 
 STYLE = """
@@ -33,7 +33,7 @@ STYLE = """
 
 @dataclasses.dataclass(frozen=True)
 class Page:
-    """A picture in HTML; Jupyter shows it if it is the last value of a cell.
+    """A drawing in HTML, which Jupyter displays as the last value of a cell.
 
     Attributes:
         title: Title of the page, in plain text.
@@ -66,17 +66,17 @@ def response_page(
     text_of: Callable[[int], str] = str,
     prompts: Sequence[Sequence[int]] | None = None,
 ) -> Page:
-    """Draw a response: each row's tokens, with a bar for each latent where memory is woven.
+    """Render a response as HTML: each row's tokens, and a bar for each latent between tokens.
 
     Args:
         rows: New token ids of each row.
-        log_probs: `[B, T]` log-probability of each token.
-        decisions: `[B, T]` decision before each token: -1 none, 0 skipped, 1 invoked.
-        latents: `[B, E, K, D]` latents of each event.
-        points: `[B, E]` index of the token after each event; -1 for an unused event.
+        log_probs: `[B, T]` log-probability of each new token.
+        decisions: `[B, T]` decision before each new token: -1 none, 0 skipped, 1 invoked.
+        latents: `[B, E, K, D]` latents of `E` events with `K` latent slots each.
+        points: `[B, E]` index of the new token after each event; -1 for an unused event.
         text_of: Function from a token id to its text.
-        prompts: Token ids of the prompt of each row, shown in front of it; by default no prompts
-            are shown.
+        prompts: Token ids of each row's prompt, shown before the row's new tokens; by default no
+            prompts are shown.
 
     Raises:
         ValueError: The number of prompts is not the number of rows.
@@ -117,7 +117,7 @@ def _token(id_: int, text_of: Callable[[int], str], kind: str, said: str) -> str
 
 
 def _memory(event: int, at: int, norms: np.ndarray) -> str:
-    real = norms[norms != 0]  # a latent of zeros is an unused slot, one of NaN is none
+    real = norms[norms != 0]  # a latent of zeros is an unused slot, unlike a latent of NaN
     sizes = ", ".join(f"{norm:.3g}" for norm in real)
     title = f"event {event}, before new token {at}: {len(real)} latents of norm {sizes}"
     return f'<span class="memory" title="{_quoted(title)}">{"<i></i>" * len(real)}</span>'

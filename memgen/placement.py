@@ -1,4 +1,4 @@
-"""Arrays placed on devices as given arrays are, under any mesh; rows split by shard.
+"""Give new arrays the sharding of existing arrays under any mesh, and split rows by shard.
 
 `thoughtbubbles.placement` explains why this is needed; the two libraries do not import each other.
 """
@@ -17,11 +17,11 @@ AnyArray = jax.Array | np.ndarray
 
 
 def broadcast_beside(values: Any, like: jax.Array, axes: int, dtype: Any = jnp.int32) -> jax.Array:
-    """Broadcast values to the leading axes of an array, with the array's placement.
+    """Broadcast values to the leading axes of an array, with the array's sharding.
 
     Args:
-        values: Values that broadcast to `like.shape[:axes]`.
-        like: Array that determines shape and placement.
+        values: Array or scalar that broadcasts to `like.shape[:axes]`.
+        like: Array that determines the shape and the sharding of the result.
         axes: Number of leading axes of `like` that the result has.
         dtype: Dtype of the result.
     """
@@ -31,14 +31,14 @@ def broadcast_beside(values: Any, like: jax.Array, axes: int, dtype: Any = jnp.i
 
 
 def repeat_beside(values: jax.Array, like: jax.Array) -> jax.Array:
-    """Repeat values for each element of an array, with the array's placement.
+    """Repeat values for each element of an array, with the array's sharding.
 
-    In the backward pass, each device sums its part of the gradient of the values before devices
-    exchange anything (`reshard` would gather it first).
+    In the backward pass, each device sums its part of the values' gradient before devices
+    communicate (`reshard` would gather the gradient first).
 
     Args:
         values: Array of any shape, replicated on all devices.
-        like: Array of any shape that determines the placement.
+        like: Array of any shape that determines the sharding of the result.
 
     Returns:
         Array of shape `[*like.shape, *values.shape]`.
@@ -53,10 +53,10 @@ def _zeros(like: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
 
 
 def table_rows(table: AnyArray, index: AnyArray) -> jax.Array:
-    """Take rows of a table, as `jnp.take(table, index, axis=0)`, with the indices' placement.
+    """Compute `jnp.take(table, index, axis=0)` with the sharding of the indices.
 
     Args:
-        table: `[V, ...]` array.
+        table: `[V, ...]` array, one row for each token id.
         index: Integer indices of any shape.
     """
     table, index = jnp.asarray(table), jnp.asarray(index)
@@ -66,11 +66,11 @@ def table_rows(table: AnyArray, index: AnyArray) -> jax.Array:
 
 
 def embed(decoder: Any, tokens: AnyArray) -> jax.Array:
-    """Compute `decoder.embed_tokens(tokens)` with the placement of the ids.
+    """Compute `decoder.embed_tokens(tokens)` with the sharding of the token ids.
 
-    Under a mesh with explicit axes, some decoders raise an error: `nnx.Embed` and
-    `flax.linen.Embed` need to know the placement of their result. For a decoder that raises one,
-    the call is repeated with these axes as auto axes.
+    Under a mesh with `AxisType.Explicit` axes, some decoders raise an error, because `nnx.Embed`
+    and `flax.linen.Embed` need to be told the sharding of their result. After an error, the call
+    is repeated with the explicit axes turned into `AxisType.Auto` axes.
 
     Args:
         decoder: A `DecoderBackbone`.
@@ -86,7 +86,7 @@ def embed(decoder: Any, tokens: AnyArray) -> jax.Array:
     place = NamedSharding(here.mesh, PartitionSpec(*here.spec, None))
     try:
         return jax.sharding.reshard(decoder.embed_tokens(tokens), place)
-    except Exception:  # noqa: BLE001 (of JAX, without a public class; what else it was comes again)
+    except Exception:  # noqa: BLE001 (JAX's class is private; other errors are raised again below)
         pass
     read: Any = jax.sharding.auto_axes(
         lambda own, ids: own.embed_tokens(ids), axes=here.mesh.explicit_axes, out_sharding=place
@@ -97,14 +97,14 @@ def embed(decoder: Any, tokens: AnyArray) -> jax.Array:
 def product(x: jax.Array, kernel: jax.Array, inputs: int = 1) -> jax.Array:
     """Multiply `x [..., *inputs]` by a kernel `[*inputs, *outputs]`, giving `[..., *outputs]`.
 
-    Without explicit axes, both are reshaped to matrices first: for arrays of more axes, XLA on a
-    CPU would compute the result's gradient twice, the second time transposed, for the gradient of
-    the kernel. Because of the reshape, auto sharding is only cheap on the first axis of the rows,
-    of the inputs and of the outputs: a split of another axis is gathered.
+    Without explicit mesh axes, both arrays are reshaped to matrices first. Otherwise XLA on a CPU
+    would compute the gradient of the result twice, the second time transposed for the gradient of
+    the kernel. Because of the reshape, sharding over auto mesh axes is only cheap on the first of
+    the leading axes, of the input axes and of the output axes; any other sharded axis is gathered.
 
     Args:
         x: Array with any number of leading axes.
-        kernel: Kernel of the dtype of `x`.
+        kernel: Kernel with the dtype of `x`.
         inputs: Number of contracted axes.
     """
     if any((*jax.typeof(x).sharding.spec, *jax.typeof(kernel).sharding.spec)):
@@ -116,10 +116,11 @@ def product(x: jax.Array, kernel: jax.Array, inputs: int = 1) -> jax.Array:
 
 
 def product_beside(x: jax.Array, matrix: jax.Array) -> jax.Array:
-    """Compute `x @ matrix`, with the rows of the result placed as the rows of `x`.
+    """Compute `x @ matrix`, with the leading axes of the result sharded like those of `x`.
 
-    If explicit axes split the last axis of `x`, each device contracts its part and the results are
-    summed, so `x` is not gathered. The matrix, which should be small, is moved instead.
+    If the last axis of `x` is sharded over explicit mesh axes, each device contracts its part and
+    the partial products are summed, so `x` is not gathered; the matrix, which should be small, is
+    resharded instead.
 
     Args:
         x: `[..., inputs]` array.
@@ -140,16 +141,16 @@ def product_beside(x: jax.Array, matrix: jax.Array) -> jax.Array:
 
 
 def placed_beside(tree: Any, like: jax.Array, axes: Any = 0) -> Any:
-    """Place the rows of newly made arrays (caches, keys) as the rows of an array are placed.
+    """Shard the rows of new arrays (such as caches and PRNG keys) like the rows of `like`.
 
-    Inside `shard_map` the arrays are marked as varying over the mesh axes that `like` varies over,
-    so that a loop can carry them.
+    Inside `shard_map`, the arrays are marked as varying over the mesh axes over which `like`
+    varies, so that a loop can carry the arrays.
 
     Args:
-        tree: Pytree of arrays with an axis of rows.
-        like: Array `[B, ...]` that determines the placement of the rows.
-        axes: Axis of the rows in each array: a number for all arrays, or a pytree of numbers in
-            which None marks an array that all rows share.
+        tree: Pytree of arrays with a row axis.
+        like: Array `[B, ...]` that determines the sharding of the rows.
+        axes: Row axis of the arrays: a number for all arrays, or a pytree with a number for each
+            array, and None for an array that all rows share.
     """
     here = jax.typeof(jnp.asarray(like))
     rows = here.sharding.spec[0] if here.sharding.spec else None
@@ -172,7 +173,7 @@ def placed_beside(tree: Any, like: jax.Array, axes: Any = 0) -> Any:
 
 
 def placed_as(x: jax.Array, like: jax.Array) -> jax.Array:
-    """Place an array as another array of the same shape is placed."""
+    """Reshard an array like another array of the same shape."""
     here, there = jax.typeof(x).sharding, jax.typeof(like).sharding
     if here.spec == there.spec or not any((*here.spec, *there.spec)):
         return x
@@ -181,7 +182,7 @@ def placed_as(x: jax.Array, like: jax.Array) -> jax.Array:
 
 
 def row_shards(like: jax.Array) -> int:
-    """Number of shards into which explicit axes split axis 0 of an array; 1 under other axes."""
+    """Return the number of shards of an array's axis 0; 1 unless it is over explicit mesh axes."""
     here = jax.typeof(like).sharding
     rows = here.spec[0] if here.spec else None
     names = rows if isinstance(rows, tuple) else () if rows is None else (rows,)
@@ -189,13 +190,13 @@ def row_shards(like: jax.Array) -> int:
 
 
 def split_rows(leaf: jax.Array, axis: int, parts: int) -> jax.Array:
-    """Reshape the axis of the rows, of size B, to two axes `[parts, B / parts]`.
+    """Reshape the row axis of an array, of size B, to two axes `[parts, B / parts]`.
 
-    Explicit axes that split the rows split the parts of the result.
+    Explicit mesh axes that shard the rows shard the axis of the parts in the result.
 
     Args:
-        leaf: Array with an axis of rows.
-        axis: Index of the axis of the rows.
+        leaf: Array with a row axis.
+        axis: Index of the row axis.
         parts: Number of parts, the number of shards of the rows (`row_shards`).
     """
     shape = (*leaf.shape[:axis], parts, leaf.shape[axis] // parts, *leaf.shape[axis + 1 :])
@@ -207,7 +208,7 @@ def split_rows(leaf: jax.Array, axis: int, parts: int) -> jax.Array:
 
 
 def join_rows(parts: jax.Array, axis: int) -> jax.Array:
-    """Invert `split_rows`: join the axes `axis` and `axis + 1` to the axis of the rows."""
+    """Invert `split_rows`: merge the axes `axis` and `axis + 1` into one row axis."""
     rows = parts.shape[axis] * parts.shape[axis + 1]
     shape = (*parts.shape[:axis], rows, *parts.shape[axis + 2 :])
     here = jax.typeof(parts).sharding

@@ -1,4 +1,4 @@
-"""Check and prepare a request for generation: its options, prompts and random keys."""
+"""Check and prepare a request for generation: its options, prompts and PRNG keys."""
 
 import dataclasses
 import zlib
@@ -23,29 +23,30 @@ KeepMemory = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, repr=False)
 class Request(ShortRepr):
-    """Options with which a response is generated; `make_request` makes a checked one.
+    """Options with which a response is generated; `make_request` checks the options.
 
     Attributes:
         policy: Trigger policy, which decides at each boundary whether to weave.
-        temperature: Temperature of sampling, a float32 scalar; None takes the most probable token.
+        temperature: Sampling temperature, a float32 scalar; None takes the most probable token.
         max_new_tokens: Maximum number of new tokens, an int32 scalar or `[B]`; 0 leaves a row
             unchanged.
-        stop: `[M]` int32, token ids that end a row.
-        valid_vocab_size: Number of ids that may be sampled, an int32 scalar: ids from
+        stop: `[M]` int32, the `M` token ids that end a row.
+        valid_vocab_size: Number of token ids that may be sampled, an int32 scalar: ids from
             `valid_vocab_size` on are excluded.
-        keep_memory: Filter of events, called with the latents `[R, K, D]` of R rows, a bool mask
-            `[R, K]` of real latents, and random keys `[R]`. It returns `[R]` bool, False to drop a
-            row's event, which then counts as skipped. It is called with any subset of the rows, so
-            it must judge each row by itself. It must be a pytree. None keeps all events.
-        retriever: Retriever that is queried on the host at each event, or None.
+        keep_memory: Filter of events, a callable that must be a pytree; None keeps all events. The
+            filter's arguments are the latents `[R, K, D]` of `R` rows with `K` latent slots each, a
+            bool mask `[R, K]` of real latents, and PRNG keys `[R]`. The filter returns `[R]` bool,
+            False to drop a row's event, which then counts as skipped. The `R` rows may be any
+            subset of the batch, so the result for a row must depend on this row alone.
+        retriever: A `memgen.retrieval.Retriever`, queried on the host at each event, or None.
         top_p: Probability mass for nucleus sampling (see `decoding.nucleus`), a float32 scalar;
-            None samples from all tokens. Log-probabilities of responses do not depend on it.
-        events: Number of events that each row's response already has, `[B]` int32, not counting the
-            event before its first token, for rows that continue a truncated response; -1 for rows
-            that begin a response. None if all rows begin a response.
-        prefill: `[B, P]` int32, token ids with which each response begins, padded with -1 on the
-            right. They are taken in place of sampled tokens, and none of them ends a row; memory is
-            woven among them as among other new tokens, and `max_new_tokens` counts them. None for
+            None samples from all tokens. A response's log-probabilities do not depend on `top_p`.
+        events: `[B]` int32, number of events of a truncated response that a row continues, not
+            counting the event before its first token; -1 for rows that begin a response. None if
+            all rows begin a response.
+        prefill: `[B, P]` int32, up to `P` token ids with which each response begins, padded on the
+            right with -1. Prefill tokens replace sampled tokens and never end a row; memory is
+            woven among prefill tokens as usual, and `max_new_tokens` includes them. None for
             responses that the model begins itself.
     """
 
@@ -78,18 +79,18 @@ def make_request(
         memgen: Model that will respond.
         max_new_tokens: Maximum number of new tokens of a row.
         policy: Trigger policy, which decides at each boundary whether to weave.
-        temperature: Temperature of sampling; 0 takes the most probable token.
+        temperature: Sampling temperature; 0 takes the most probable token.
         stop: Token ids that end a row.
-        valid_vocab_size: Number of ids that may be sampled: ids from `valid_vocab_size` on are
-            excluded. By default all ids may be sampled.
+        valid_vocab_size: Number of token ids that may be sampled: ids from `valid_vocab_size` on
+            are excluded. By default all ids may be sampled.
         keep_memory: Filter of events (see `Request`); None keeps all events.
-        retriever: Retriever that is queried at each event, or None.
+        retriever: A `memgen.retrieval.Retriever`, queried at each event, or None.
         top_p: Probability mass for nucleus sampling; None or 1 samples from all tokens.
 
     Raises:
-        ValueError: An option is out of its range, the policy needs a learned trigger and the model
-            has none or an untrained one, a retriever is given to a weaver with `context="nothing"`,
-            or `policy` or `keep_memory` is not a registered pytree.
+        ValueError: An option is out of range, the policy needs a learned trigger and the model's
+            trigger is missing or untrained, a retriever is given with a weaver of
+            `context="nothing"`, or `policy` or `keep_memory` is not a registered pytree.
     """
     check_memgen(memgen)
     _check_pytree("policy", policy)
@@ -161,7 +162,11 @@ def _check_policy(policy: TriggerPolicy) -> None:
 
 
 def row_keys(seed: int, prompts: Sequence[Sequence[int]]) -> jax.Array:
-    """Derive keys `[B]` from the seed, the prompts, and how many equal prompts precede each."""
+    """Derive a PRNG key for each row, `[B]`, from the seed and the row's prompt.
+
+    A key also depends on the number of equal prompts before the row, so that equal prompts get
+    different keys.
+    """
     if not is_whole(seed):
         raise ValueError(f"seed={seed!r}: give a whole number")
     rows = [tuple(prompt) for prompt in prompts]
@@ -173,10 +178,11 @@ def row_keys(seed: int, prompts: Sequence[Sequence[int]]) -> jax.Array:
 
 
 def pad_prompts(prompts: Sequence[Sequence[int]], vocab_size: int) -> tuple[jax.Array, jax.Array]:
-    """Pad prompts with 0 on the right, to a power of two of 16 or more.
+    """Pad prompts with 0 on the right to a common length, a power of two of at least 16.
 
     Returns:
-        Token ids `[B, C]` int32, and the number of real tokens of each prompt, `[B]` int32.
+        Token ids `[B, C]` int32 of the padded length `C`, and the number of real tokens of each
+        prompt, `[B]` int32.
 
     Raises:
         ValueError: There is no prompt, or a prompt is empty, is not a list of integers, or has an
@@ -197,11 +203,13 @@ def pad_prompts(prompts: Sequence[Sequence[int]], vocab_size: int) -> tuple[jax.
 def with_prefills(
     request: Request, prefills: Sequence[Sequence[int]], rows: int, vocab_size: int
 ) -> Request:
-    """Return a request whose responses begin with given tokens, beside `max_new_tokens` new ones.
+    """Return a request whose responses begin with given tokens.
+
+    `max_new_tokens` of a row is increased by the number of the row's prefill tokens.
 
     Args:
         request: Request without a prefill.
-        prefills: Token ids with which each response begins, which may be empty.
+        prefills: Token ids with which each response begins; a row's list may be empty.
         rows: Number of rows that respond.
         vocab_size: Number of ids of the vocabulary.
 
@@ -237,5 +245,5 @@ def _check_ids(name: str, index: int, ids: Sequence[int], vocab_size: int) -> No
 
 
 def bucket(size: int) -> int:
-    """Round a size up to a power of two, 16 or more."""
+    """Round a size up to a power of two of at least 16."""
     return max(SHORTEST, 1 << (max(size, 1) - 1).bit_length())

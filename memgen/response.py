@@ -19,16 +19,19 @@ NO_DECISION = -1
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, repr=False)
 class Response(ShortRepr):
-    """New tokens, decisions and latents of each row. Jupyter displays a response as its `page`.
+    """New tokens, trigger decisions and latents of each row of a batch.
+
+    Jupyter displays a response as its `page`.
 
     Attributes:
-        tokens: `[B, T]` int32 new token ids, padded on the right by 0. The stop id that ended a row
-            is included.
+        tokens: `[B, T]` int32 new token ids, padded on the right with 0. The stop id that ended a
+            row is included.
         count: `[B]` int32, number of new tokens of each row.
-        log_probs: `[B, T]` float32, log-probability of each token at the temperature of sampling (1
-            if greedy).
-        decisions: `[B, T]` int8, decision before each token: -1 none, 0 skipped, 1 invoked.
-        latents: `[B, E, K, D]` latents of each event; event 0 precedes the first token.
+        log_probs: `[B, T]` float32, log-probability of each new token at the sampling temperature
+            (1 if greedy).
+        decisions: `[B, T]` int8, decision before each new token: -1 none, 0 skipped, 1 invoked.
+        latents: `[B, E, K, D]` latents of `E` events with `K` latent slots each; event 0 precedes
+            the first new token.
         points: `[B, E]` int32, index of the new token after each event; -1 for an unused event.
     """
 
@@ -41,7 +44,14 @@ class Response(ShortRepr):
 
     @classmethod
     def empty(cls, memgen: MemGen, batch: int, capacity: int, vector: Any) -> "Response":
-        """Make a response without tokens, with room for `capacity`; latents are like `vector`."""
+        """Make a response without tokens.
+
+        Args:
+            memgen: Model that will respond.
+            batch: Number of rows.
+            capacity: Maximum number of new tokens of a row.
+            vector: Array or `jax.ShapeDtypeStruct` with the width and dtype of latents.
+        """
         config = memgen.config
         latents = (batch, config.events, config.weaver.latents, vector.shape[-1])
         return cls(
@@ -64,18 +74,18 @@ class Response(ShortRepr):
         text_of: Callable[[int], str] = str,
         prompts: Sequence[Sequence[int]] | None = None,
     ) -> Page:
-        """Draw the response in HTML: each row's tokens, with a bar for each latent woven before.
+        """Render the response as HTML: each row's tokens, and a bar for each latent between tokens.
 
-        `page().save("response.html")` writes a page that needs no other file.
+        `page().save("response.html")` writes a self-contained file.
 
         Args:
             text_of: Function from a token id to its text; by default ids are shown.
-            prompts: Token ids of the prompt of each row, shown in front of it; by default no
-                prompts are shown.
+            prompts: Token ids of each row's prompt, shown before the row's new tokens; by default
+                no prompts are shown.
 
         Raises:
-            ValueError: The number of prompts is not the number of rows, the arrays are without a
-                batch axis, or they can't be read (traced, donated, or on other hosts).
+            ValueError: The number of prompts is not the number of rows, or the response's arrays
+                have no batch axis or no readable values (traced, donated, or on other hosts).
         """
         if not self._is_batch():
             raise ValueError(
@@ -100,7 +110,7 @@ class Response(ShortRepr):
 
 
 def _is_here(value: object) -> bool:
-    """Whether an array can be read: neither traced nor donated nor on another host."""
+    """Return whether a value is an array that is fully addressable, and not traced or donated."""
     if isinstance(value, Tracer) or not isinstance(value, (jax.Array, np.ndarray)):
         return False
     return isinstance(value, np.ndarray) or (value.is_fully_addressable and not value.is_deleted())

@@ -1,4 +1,4 @@
-"""Retrieval: find passages of local text, which an event adds to the weaver's context."""
+"""Retrieval of passages from local text, which are added to the weaver's context at an event."""
 
 import json
 import re
@@ -10,11 +10,11 @@ import numpy as np
 
 
 class Retriever(Protocol):
-    """Interface of retrievers, which find a snippet of text for each row, on the host.
+    """Interface of retrievers, which find a snippet of text for each row of a batch, on the host.
 
-    A row's snippet must depend on the row's text alone, not on the rest of the batch, because
-    generation queries from within a compiled loop. A retriever must be hashable, because it is a
-    static part of the compiled program.
+    A row's snippet must depend on the row's text alone, not on other rows of the batch, because
+    generation queries the retriever from within a compiled loop. A retriever must be hashable,
+    because the retriever is a static part of the compiled program.
 
     Attributes:
         max_snippet_tokens: Maximum number `Lc` of tokens of a snippet.
@@ -26,30 +26,32 @@ class Retriever(Protocol):
     def retrieve(
         self, ids: np.ndarray, length: np.ndarray, queried: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Find a snippet for the text so far of each row.
+        """Find a snippet for each queried row, given the row's text so far.
 
-        All three arguments may be JAX arrays. Convert them to NumPy first: an operation of JAX may
-        wait for the running program, which waits for this call.
+        All three arguments may be JAX arrays. An implementation must convert them to NumPy first: a
+        JAX operation may wait for the running program, which waits for this call.
 
         Args:
-            ids: `[B, T]` int32 token ids of the text so far, padded on the right.
+            ids: `[B, T]` int32 token ids of each row's text so far (prompt, responses, and tokens
+                from outside), padded on the right.
             length: `[B]` int32, number of real tokens of each row.
-            queried: `[B]` bool, True for rows that need a snippet. Rows that wait for others (see
+            queried: `[B]` bool, True for rows that need a snippet. A row that waits to weave (see
                 `memgen.decoding`) may be queried several times with the same text.
 
         Returns:
-            Snippets `[B, Lc]` int32, padded on the right by 0, and their lengths `[B]` int32. The
-            length is 0 for rows that were not queried or for which nothing was found.
+            Token ids of the snippets, `[B, Lc]` int32, padded on the right with 0, and the number
+            of tokens of each snippet, `[B]` int32: 0 for rows that were not queried or for which
+            nothing was found.
         """
         ...
 
 
 class BM25Retriever:
-    """Retriever that ranks passages by BM25: by the words, rare ones above all, shared with a text.
+    """Retriever that ranks passages by BM25, a score of the words that a passage and a text share.
 
-    A snippet joins the `top` passages, best first, and is truncated to `max_snippet_tokens`.
-    Passages that share no word with the text are left out, so there may be fewer than `top`, or
-    none. Needs bm25s.
+    In the score, rare words count more. A snippet is the concatenation of the `top` passages, best
+    first, truncated to `max_snippet_tokens`. Passages that share no word with the text are left
+    out, so a snippet may have fewer than `top` passages, or none. Needs bm25s.
 
     Args:
         passages: Texts to choose from.
@@ -110,17 +112,17 @@ class BM25Retriever:
         """Make a retriever over the documents of some files.
 
         Args:
-            paths: Paths of UTF-8 files. In a .jsonl file, the string `text` of each line's object
-                is a document. Any other file is one document.
+            paths: Paths of UTF-8 files. In a .jsonl file, each line is a JSON object whose string
+                `text` is a document. Any other file is one document.
             encode: Function from text to token ids.
             decode: Function from token ids to text.
-            passage_words: Number of words per passage into which documents are split.
+            passage_words: Number of words of the passages into which documents are split.
             top: Maximum number of passages of a snippet (P).
             max_snippet_tokens: Maximum number of tokens of a snippet.
 
         Raises:
             ValueError: A file cannot be read or parsed, the files hold no text, `passage_words` is
-                below 1, or the constructor raises it.
+                below 1, or the constructor raises a ValueError.
         """
         if passage_words < 1:
             raise ValueError(f"passage_words={passage_words}: choose 1 or more")
@@ -147,7 +149,7 @@ class BM25Retriever:
     def retrieve(
         self, ids: np.ndarray, length: np.ndarray, queried: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
-        """As in `Retriever.retrieve`."""
+        """Find a snippet for each queried row, as specified by `Retriever.retrieve`."""
         ids, length = np.asarray(ids), np.asarray(length)
         found = np.zeros((len(ids), self.max_snippet_tokens), np.int32)
         found_length = np.zeros(len(ids), np.int32)
@@ -166,7 +168,7 @@ def _words(text: str) -> list[str]:
 
 
 def _cut(document: str, words: int) -> Iterator[str]:
-    """Split a document into passages of `words` words (the last may be shorter), spaces kept."""
+    """Split a document into passages of `words` words (fewer in the last), with all spaces kept."""
     spans = [match.span() for match in re.finditer(r"\S+", document)]
     for start in range(0, len(spans), words):
         yield document[spans[start][0] : spans[min(start + words, len(spans)) - 1][1]]

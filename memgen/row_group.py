@@ -1,4 +1,4 @@
-"""A selection of rows of a batch, taken out of its arrays and put back."""
+"""Select rows of a batch, take these rows out of the batch's arrays, and put them back."""
 
 import dataclasses
 from typing import Any
@@ -12,9 +12,9 @@ from memgen.short_repr import ShortRepr
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class RowGroup(ShortRepr):
-    """A selection of rows of a batch: as many from each of `P` equal parts of the batch.
+    """Selection of `R` rows from each of `P` equal parts of a batch.
 
-    The parts are the batch's shards, so taking rows out and putting them back moves no row between
+    The parts are the batch's shards, so taking rows out and putting rows back moves no row between
     devices.
 
     Attributes:
@@ -25,23 +25,23 @@ class RowGroup(ShortRepr):
 
     @classmethod
     def next(cls, waiting: jax.Array, parts: int, each: int) -> "RowGroup":
-        """Select `each` rows of every part: those that have waited longest, then the first ones.
+        """Select the rows of each part that have waited longest; the first ones in case of a tie.
 
         Args:
-            waiting: `[B]` int32, as in `memgen.events.Loop`.
+            waiting: `[B]` int32, steps that each row has waited (`memgen.events.Loop.waiting`).
             parts: Number of equal parts of the batch.
-            each: Number of rows of each part.
+            each: Number of rows to select from each part.
         """
         order = jnp.argsort(split_rows(-waiting, 0, parts), axis=1, stable=True)
         return cls(order[:, :each].astype(jnp.int32))
 
     def take(self, tree: Any, axes: Any = None) -> Any:
-        """Take the group's rows of each array.
+        """Take the selected rows out of each array.
 
         Args:
             tree: Pytree of arrays.
-            axes: Axis of the rows in each array, None for an array that all rows share (which is
-                taken whole); by default 0 for all arrays.
+            axes: Pytree with the row axis of each array, None for an array that all rows share
+                (which is taken whole); by default 0 for all arrays.
         """
 
         def rows(leaf, axis):
@@ -54,9 +54,13 @@ class RowGroup(ShortRepr):
         return jax.tree.map(rows, tree, _or_zeros(axes, tree))
 
     def put(self, tree: Any, new: Any, axes: Any = None) -> Any:
-        """Replace the group's rows of each array by `new`; `axes` are as in `take`.
+        """Return the arrays with the selected rows replaced.
 
-        An array that all rows share is replaced by the array in `new`.
+        Args:
+            tree: Pytree of arrays of the batch.
+            new: Pytree like `tree`, with the selected rows alone, in the order of `take`. An array
+                that all rows share is replaced by the array in `new`.
+            axes: As in `take`.
         """
 
         def rows(leaf, new, axis):

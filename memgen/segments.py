@@ -1,7 +1,7 @@
 """Weave the events of training texts in order, over a cache.
 
-An event's latents depend on the text before it and on earlier latents, so events are woven one
-after the other. With the cache, the text before an event is not read again for each event.
+An event's latents depend on the text before the event and on earlier latents, so events are woven
+one after the other. The cache avoids a forward pass over the entire text before each event.
 """
 
 from __future__ import annotations
@@ -18,19 +18,21 @@ from memgen.weaver import Weaver
 
 SHORTEST_SEGMENT = 32
 LEAST_SAVED = 512
-"""Minimum number of vectors of a row that segments must save; if they save fewer, each event is
-woven by a forward pass of its own over the whole row."""
+"""Minimum number of vectors per row that segments must save the weaver from processing; otherwise
+each event is woven by its own forward pass over the entire row."""
 MOST_KEPT = 2**30
-"""Maximum number of bytes of caches that segments may keep on a device for the backward pass; if
-they need more, each event is woven by a forward pass of its own, of which only latents are kept.
-Under automatic axes, where shards are unknown, the bytes of all devices are summed."""
+"""Maximum number of bytes of caches that segments may keep on a device for the backward pass;
+beyond it, each event is woven by its own forward pass, of which only the latents are kept. Under
+`AxisType.Auto` mesh axes, where shards are unknown, the bytes of all devices are summed."""
 
 
 class Schedule(NamedTuple):
-    """How the rows of a batch are read in rounds; it depends on the batch's shape alone.
+    """Number and size of the rounds in which `weave_in_segments` processes the rows of a batch.
+
+    A schedule depends on the batch's shape alone.
 
     Attributes:
-        size: Number of vectors that a round reads of each row, queries included.
+        size: Number of vectors of each row that a round processes, queries included.
         rounds: Maximum number of rounds that a row can need.
     """
 
@@ -41,16 +43,20 @@ class Schedule(NamedTuple):
     def of(cls, length: int, events: int, slots: int) -> Schedule:
         """Compute the schedule for rows of `length` tokens and `events` events of `slots` latents.
 
-        Rounds of longer rows read more vectors, so that there are at most about three rounds per
-        event: the caches of all rounds are kept for the backward pass.
+        A round processes more vectors if rows are longer, so that there are at most about three
+        rounds per event: the caches of all rounds are kept for the backward pass.
         """
         reach = length + (events - 1) * slots
         segment = max(SHORTEST_SEGMENT, -(-reach // (2 * events)))
-        # A round without queries reads more than `segment` vectors.
+        # A round without queries processes more than `segment` vectors.
         return cls(segment + slots, events + reach // (segment + 1))
 
     def saves(self, length: int, events: int, slots: int) -> bool:
-        """Whether it saves half or more of the vectors of a pass per event, and `LEAST_SAVED`."""
+        """Return whether rounds process far fewer vectors than one forward pass per event does.
+
+        Rounds must save at least half of the vectors, and at least `LEAST_SAVED` vectors per row.
+        The arguments are as in `of`.
+        """
         passes, mine = events * (length + events * slots), self.rounds * self.size
         return 2 * mine <= passes and mine + LEAST_SAVED <= passes
 
@@ -58,26 +64,27 @@ class Schedule(NamedTuple):
 def schedule_for(
     weaver: Weaver, decoder: Any, reasoner: Any, sizes: tuple[int, int, int], shards: int = 1
 ) -> Schedule | None:
-    """Choose between `weave_in_segments` and a forward pass for each event.
+    """Choose between `weave_in_segments` and one forward pass per event.
 
-    The choice depends on sizes and decoders alone. Both give the same latents up to rounding.
+    The choice depends on sizes and decoders alone. Both ways give the same latents up to rounding.
 
     Args:
         weaver: Weaver that writes the latents.
-        decoder: Decoder of the weaver.
-        reasoner: Reasoner, whose hidden states the weaver reads with `context="hidden"`.
+        decoder: The weaver's `DecoderBackbone`.
+        reasoner: The reasoner, a `DecoderBackbone`, whose hidden states are the weaver's input with
+            `context="hidden"`.
         sizes: Number of rows, number of tokens of a row, and number of events of a row.
-        shards: Number of devices over which the rows are split.
+        shards: Number of shards into which the rows are split over devices.
 
     Returns:
-        Schedule for `weave_in_segments`; None for a forward pass for each event.
+        Schedule for `weave_in_segments`; None for one forward pass per event.
     """
     batch, length, events = sizes
     row = length, events, weaver.config.latents
     if not events or not Schedule.of(*row).saves(*row):
         return None
     decoders = [decoder, reasoner] if weaver.config.context == "hidden" else [decoder]
-    # Other caches, such as that of `Uncached`, may compute all that stands before anew.
+    # Other caches, such as that of `Uncached`, may recompute all earlier vectors.
     if not all(getattr(decoder, "can_forget", False) for decoder in decoders):
         return None
     slots = length + events * weaver.config.latents
@@ -97,20 +104,21 @@ def weave_in_segments(
 ) -> jax.Array:
     """Weave all events of a batch in rounds, over a cache.
 
-    In each round, every row reads the next vectors before its next event. The round that reaches
-    the event also reads the weaver's queries, which the cache then forgets.
+    In each round, the decoder processes the next vectors of every row up to the row's next event.
+    The round that reaches the event also processes the weaver's queries, which the cache does not
+    keep.
 
     Args:
         weaver: Weaver that writes the latents.
-        decoder: Decoder with the weaver's adapter and a method `extend_keeping` (see
-            `DecoderBackbone`).
-        reasoner: Reasoner, whose hidden states the weaver reads with `context="hidden"`.
-        vectors: `[B, L, D]` embedded tokens.
+        decoder: The weaver's `DecoderBackbone` with the weaver's adapter; it must have the method
+            `extend_keeping`.
+        reasoner: Reasoner, whose hidden states are the weaver's input with `context="hidden"`.
+        vectors: `[B, L, D]` embeddings of `L` tokens in each row.
         plan: Events of each row.
         schedule: Size and number of rounds.
 
     Returns:
-        Latents `[B, E, K, D]` of all events, zeros for unused events.
+        Latents `[B, E, K, D]` of all `E` events in `K` slots each; zeros for unused events.
     """
     batch, length, dim = vectors.shape
     events, slots = plan.point.shape[1], weaver.config.latents
@@ -151,24 +159,24 @@ def weave_in_segments(
     zeros = jnp.zeros_like(count)
     latents = placed_beside(jnp.zeros((batch, events, slots, dim), vectors.dtype), vectors)
     carry = zeros, zeros, latents, cache_of(decoder), cache_of(reasoner) if reads_hidden else None
-    # The backward pass computes each round again; caches and latents before it are kept.
+    # The backward pass recomputes each round from the caches and latents before it, which are kept.
     carry, _ = jax.lax.scan(jax.checkpoint(round_of), carry, length=schedule.rounds)
     return carry[2]
 
 
 def _pick(rows: jax.Array, index: jax.Array) -> jax.Array:
-    """Entry `index [B]` of each row of `rows [B, N]`."""
+    """Return entry `index [B]` of each row of `rows [B, N]`."""
     return jnp.take_along_axis(rows, index[:, None], axis=1)[:, 0]
 
 
 def _take(rows: jax.Array, index: jax.Array) -> jax.Array:
-    """Entries of `rows [B, N, ...]` at `index [B, C]`; arbitrary where the index is too large."""
+    """Gather `rows [B, N, ...]` at `index [B, C]`; arbitrary where the index is too large."""
     index = jnp.minimum(index, rows.shape[1] - 1)
     return jnp.take_along_axis(rows, index.reshape(*index.shape, *[1] * (rows.ndim - 2)), axis=1)
 
 
 def _vectors(vectors: jax.Array, latents: jax.Array, source: jax.Array) -> jax.Array:
-    """Take a stream's vectors by their source indices `[B, C]` (see `stream_source`)."""
+    """Gather embedded tokens and latents by their source indices `[B, C]` (`stream_source`)."""
     length, flat = vectors.shape[1], latents.reshape(latents.shape[0], -1, latents.shape[-1])
     of_event = _take(flat, jnp.maximum(source - length, 0))
     return jnp.where((source < length)[..., None], _take(vectors, source), of_event)

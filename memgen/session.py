@@ -1,4 +1,4 @@
-"""Sessions: rows of tokens and latents, with the caches of the decoders that read them."""
+"""Sessions: conversations of tokens and latents, one in each row, with the decoders' caches."""
 
 import dataclasses
 from collections.abc import Callable
@@ -15,16 +15,16 @@ from memgen.model import MemGen, check_memgen
 from memgen.placement import embed, placed_beside
 from memgen.short_repr import ShortRepr
 
-CHUNK = 32  # vectors by which a cache that lags behind catches up at a time
+CHUNK = 32  # number of vectors by which one step extends a cache that lags behind
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, repr=False)
 class DecoderState(ShortRepr):
-    """A decoder's cache, which may not hold the last vectors of a row yet.
+    """A decoder's cache, which may lag behind: it may not hold the last vectors of a row yet.
 
     Attributes:
-        cache: Cache of the decoder.
+        cache: Pytree from the decoder's `init_cache` or `extend`.
         length: `[B]` int32, number of vectors of each row that the cache holds.
         hidden: `[B, D]`, hidden state at the last vector that the cache holds.
     """
@@ -35,7 +35,7 @@ class DecoderState(ShortRepr):
 
     @classmethod
     def start(cls, decoder: Any, batch: int, capacity: int) -> "DecoderState":
-        """Make the state before the first vector, with room for `capacity` vectors in a row."""
+        """Make an empty state of a `DecoderBackbone`, for up to `capacity` vectors in each row."""
         check_cache(decoder)
         hidden = jax.eval_shape(decoder.hidden_states, jnp.zeros((batch, 1, decoder.embed_dim)))
         return cls(
@@ -47,15 +47,16 @@ class DecoderState(ShortRepr):
     def extend_to(
         self, decoder: Any, fetch: Callable, target: jax.Array, rows: jax.Array
     ) -> "DecoderState":
-        """Extend the cache until every row of the mask `rows [B]` has `target [B]` vectors.
+        """Extend the cache until every row of the mask `rows` has its target number of vectors.
 
-        Other rows may be extended too, up to their target.
+        Other rows may be extended too, up to their targets.
 
         Args:
-            decoder: Decoder whose cache it is.
-            fetch: Function from indices `[B, C]` to the row's vectors at them, `[B, C, D]`.
-            target: `[B]` int32, number of vectors that the cache is to hold of each row.
-            rows: `[B]` bool, True for rows that must reach their target.
+            decoder: The `DecoderBackbone` to which the cache belongs.
+            fetch: Function from indices `[B, C]` of `C` input vectors in each row to these vectors,
+                `[B, C, D]`.
+            target: `[B]` int32, number of vectors of each row that the cache should hold.
+            rows: `[B]` bool, True for rows that must reach their targets.
         """
 
         def behind(state: DecoderState) -> jax.Array:
@@ -79,22 +80,25 @@ class DecoderState(ShortRepr):
         queries: jax.Array,
         count: jax.Array,
     ) -> tuple[jax.Array, "DecoderState"]:
-        """Extend the cache as `extend_to` does, and compute hidden states of queries behind it.
+        """Extend the cache as `extend_to` does, and compute the hidden states of queries after it.
 
-        The queries are read together with the last vectors in front of them, and the cache does not
-        keep them. The decoder must have `extend_keeping` (see `DecoderBackbone`).
+        One forward pass processes the queries together with the last vectors before the target. The
+        cache does not keep the queries. The decoder must have `extend_keeping` (see
+        `DecoderBackbone`).
 
         Args:
-            decoder: Decoder whose cache it is.
-            fetch: Function from indices `[B, C]` to the row's vectors at them, `[B, C, D]`.
-            target: `[B]` int32, number of vectors that the cache is to hold of each row.
-            rows: `[B]` bool, True for rows that must reach their target.
-            queries: `[B, Q, D]` vectors behind the target, padded on the right.
+            decoder: The `DecoderBackbone` to which the cache belongs.
+            fetch: Function from indices `[B, C]` of `C` input vectors in each row to these vectors,
+                `[B, C, D]`.
+            target: `[B]` int32, number of vectors of each row that the cache should hold.
+            rows: `[B]` bool, True for rows that must reach their targets.
+            queries: `[B, Q, D]` up to `Q` vectors that follow the target in each row, padded on the
+                right.
             count: `[B]` int32, number of real queries of each row.
 
         Returns:
-            Hidden states `[B, Q, D]` of the queries, arbitrary in rows outside of `rows`, and the
-            state without the queries.
+            Hidden states `[B, Q, D]` of the queries, arbitrary where `rows` is False, and the
+            extended state without the queries.
         """
         size, width = CHUNK + queries.shape[1], queries.shape[1]
 
@@ -125,7 +129,7 @@ class DecoderState(ShortRepr):
         return found, state
 
     def batch_axes(self, decoder: Any) -> "DecoderState":
-        """Pytree of each array's axis of rows; None for an array that all rows share."""
+        """Return a pytree with each array's row axis, None for an array that all rows share."""
         row_axis: Any = 0
         return DecoderState(cache_batch_axes(decoder, self.cache), row_axis, row_axis)
 
@@ -133,22 +137,23 @@ class DecoderState(ShortRepr):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, repr=False)
 class Session(ShortRepr):
-    """One conversation per row: its tokens, its stream of vectors, and the caches over it.
+    """One conversation per row: its tokens, its sequence of input vectors, and decoder caches.
 
     Attributes:
-        tokens: `[B, N]` int32 token ids, without the latents between them.
+        tokens: `[B, N]` int32 token ids, without latents; `N` is the maximum number of tokens.
         count: `[B]` int32, number of real tokens of each row.
-        vectors: `[B, S, D]`, the reasoner's input: embedded tokens and latents; None if neither
-            weaver nor trigger reads it.
-        hidden: `[B, S, D]`, the reasoner's hidden states; None if the weaver does not read them.
+        vectors: `[B, S, D]` input vectors of the reasoner (embedded tokens and latents); None if
+            neither the weaver nor the trigger takes these vectors as input.
+        hidden: `[B, S, D]` hidden states of the reasoner; None if the weaver does not take hidden
+            states as input.
         reasoner: State of the reasoner, always up to date.
-        weaver: State of the weaver's decoder, updated at events only; None if the weaver runs no
+        weaver: State of the weaver's decoder, updated at events only; None if the weaver has no
             decoder.
-        trigger: State of the trigger's decoder, updated at decisions only; None if the trigger runs
+        trigger: State of the trigger's decoder, updated at decisions only; None if the trigger has
             no decoder.
-        keys: `[B]` random keys, from which all random draws of a row are derived.
+        keys: `[B]` PRNG keys, from which all random draws of a row are derived.
         responses: `[B]` int32, number of responses of each row so far.
-        capacity: Maximum number of tokens and latents of a row, `S` (static).
+        capacity: Maximum number `S` of tokens and latents of a row (static).
         snippet_capacity: Maximum number of retrieved tokens of an event (static).
     """
 
@@ -177,9 +182,9 @@ class Session(ShortRepr):
 
         Args:
             memgen: Model that the session is for.
-            keys: `[B]` random keys, one for each row.
+            keys: `[B]` PRNG keys, one for each row.
             max_tokens: Maximum number of tokens of a row.
-            max_responses: Maximum number of responses, for whose latents there is room.
+            max_responses: Maximum number of responses for whose latents there is capacity.
             snippet_capacity: Maximum number of retrieved tokens of an event.
         """
         config, batch = memgen.config, keys.shape[0]
@@ -224,16 +229,20 @@ class Session(ShortRepr):
 
     @property
     def last_two(self) -> tuple[jax.Array, jax.Array]:
-        """Last but one and last token of each row, `[B]` int32 each; 0 where there is none."""
+        """Second-to-last and last token id of each row, `[B]` int32 each; 0 if there is none."""
         at = self.count[:, None] - jnp.array([2, 1])
         ids = jnp.take_along_axis(self.tokens, jnp.maximum(at, 0), axis=1)
         return tuple(jnp.where(at >= 0, ids, 0).T)
 
     def step_keys(self, step: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Derive keys, `[B]` each, for a token, for the decision before it, and for `keep_memory`.
+        """Derive the PRNG keys of each row's random draws in one step of generation.
 
         Args:
-            step: `[B]` int32, index of each row's next token.
+            step: `[B]` int32, index of each row's next token in its response.
+
+        Returns:
+            Three arrays of keys, `[B]` each: for sampling the token, for the trigger's decision
+            before the token, and for `Request.keep_memory`.
         """
         fold = jax.vmap(jax.random.fold_in)
         here = fold(fold(self.keys, self.responses), step)
@@ -255,7 +264,7 @@ class Session(ShortRepr):
     def append(
         self, memgen: MemGen, vectors: jax.Array, count: jax.Array, *, fresh: bool = False
     ) -> "Session":
-        """Append the first `count [B]` vectors of `vectors [B, C, D]` to each row's stream."""
+        """Append the first `count [B]` vectors of `vectors [B, C, D]` to each row."""
         state = self.reasoner
         hidden, cache = memgen.reasoner.extend(state.cache, vectors, count, fresh=fresh)
         last = last_hidden(hidden, count, state.hidden)
@@ -267,15 +276,15 @@ class Session(ShortRepr):
         )
 
     def take_rows(self, memgen: MemGen, rows: jax.Array, keys: jax.Array) -> "Session":
-        """Return a session whose row `i` continues row `rows[i]` of this session, under a new key.
+        """Return a session whose row `i` continues row `rows[i]` of this session with a new key.
 
-        A row may be taken many times, so that a shared prompt is read once. This session stays
-        usable.
+        A row may be taken many times, so that a shared prompt is prefilled once. This session is
+        not modified.
 
         Args:
-            memgen: Model that the session belongs to.
-            rows: `[R]` int32, indices of the rows to take from this session.
-            keys: `[R]` random keys, one for each new row.
+            memgen: Model to which the session belongs.
+            rows: `[R]` int32, indices in this session of the `R` rows to take.
+            keys: `[R]` PRNG keys, one for each new row.
 
         Raises:
             ValueError: An index is out of range (under `jit` the new row becomes NaN instead).
@@ -288,12 +297,14 @@ class Session(ShortRepr):
         return jax.tree.map(take, self, axes).replace(keys=keys)
 
     def batch_axes(self, reasoner: Any, weaver: Any, trigger: Any) -> "Session":
-        """Pytree of each array's axis of rows; None for an array that all rows share.
+        """Return a pytree like the session with the row axis of each array.
+
+        The entry is None for an array that all rows share.
 
         Args:
-            reasoner: Decoder of the reasoner's cache.
-            weaver: Decoder of the weaver's cache; ignored if the session has no such cache.
-            trigger: Decoder of the trigger's cache; ignored if the session has no such cache.
+            reasoner: The reasoner, a `DecoderBackbone`.
+            weaver: The weaver's `DecoderBackbone`; ignored if the session has no weaver state.
+            trigger: The trigger's `DecoderBackbone`; ignored if the session has no trigger state.
         """
         axes = lambda state, decoder: None if state is None else state.batch_axes(decoder)  # noqa: E731
         return jax.tree.map(lambda _: 0, self).replace(
@@ -303,7 +314,12 @@ class Session(ShortRepr):
         )
 
     def weaver_inputs(self, memgen: MemGen) -> tuple[Callable, jax.Array]:
-        """Return a function from indices to the weaver's input vectors, and their number `[B]`."""
+        """Return a function from indices to the weaver's input vectors, and the vectors' number.
+
+        Returns:
+            Function `fetch` of `DecoderState.extend_to`, and the number of input vectors of each
+            row so far, `[B]` int32.
+        """
         if not memgen.config.weaver.latents_see_latents:
             fetch, target = self._embedded_tokens(memgen.reasoner), self.count
         else:
@@ -312,7 +328,15 @@ class Session(ShortRepr):
         return lambda index: memgen.weaver.context(fetch(index)), target
 
     def trigger_inputs(self, memgen: MemGen, decoder: Any) -> tuple[Callable, jax.Array]:
-        """Return a function from indices to the trigger's input vectors, and their number `[B]`."""
+        """Return a function from indices to the trigger's input vectors, and the vectors' number.
+
+        Args:
+            memgen: Model to which the session belongs.
+            decoder: The trigger's `DecoderBackbone`.
+
+        Returns:
+            As in `weaver_inputs`.
+        """
         if memgen.checked_trigger().config.source == "tokens":
             return self._embedded_tokens(decoder), self.count
         return _vectors_of(self.vectors), self.reasoner.length
@@ -367,14 +391,24 @@ def check_capacity(session: Session, tokens: Any, latents: int = 0) -> None:
 
 
 def take(rows: jax.Array, index: jax.Array) -> jax.Array:
-    """Entries of `rows [B, S, ...]` at `index [B, C]`; arbitrary where the index is too large."""
+    """Gather `rows [B, S, ...]` at `index [B, C]`; arbitrary where the index is too large."""
     index = jnp.minimum(index, rows.shape[1] - 1)
     index = index.reshape(index.shape + (1,) * (rows.ndim - 2))
     return jnp.take_along_axis(rows, index, axis=1)
 
 
 def put(rows: jax.Array, new: jax.Array, start: jax.Array, count: jax.Array) -> jax.Array:
-    """Write the first `count [B]` of `new [B, C, ...]` to `rows [B, S, ...]` at `start [B]`."""
+    """Write each row's first `count [B]` entries of `new [B, C, ...]` into an array of rows.
+
+    Args:
+        rows: `[B, S, ...]` array with `S` entries in each row; it is not modified.
+        new: `[B, C, ...]` new entries.
+        start: `[B]` int32, index in each row of the first new entry.
+        count: `[B]` int32, number of entries to write in each row.
+
+    Returns:
+        Array like `rows`; entries beyond the end of a row are dropped.
+    """
 
     def write(row, new, start, count):
         offset = jnp.arange(new.shape[0])
@@ -385,6 +419,12 @@ def put(rows: jax.Array, new: jax.Array, start: jax.Array, count: jax.Array) -> 
 
 
 def last_hidden(hidden: jax.Array, count: jax.Array, before: jax.Array) -> jax.Array:
-    """Last of the first `count [B]` states of `hidden [B, C, D]`; `before [B, D]` for count 0."""
+    """Return the last of each row's first `count [B]` hidden states, `[B, D]`.
+
+    Args:
+        hidden: `[B, C, D]` hidden states of `C` vectors.
+        count: `[B]` int32, number of real vectors of each row.
+        before: `[B, D]` hidden state to return for rows with a count of 0.
+    """
     last = take(hidden, jnp.maximum(count - 1, 0)[:, None])[:, 0]
     return jnp.where((count > 0)[:, None], last, before)

@@ -1,4 +1,4 @@
-"""The trigger, which decides at a boundary whether to weave, and policies of invoking it."""
+"""The trigger, which decides at a boundary whether to weave, and policies for its decisions."""
 
 import dataclasses
 import math
@@ -17,19 +17,20 @@ from memgen.module import Module, checked_kernel, named
 
 
 class TriggerParam(nnx.Param):
-    """A parameter of the trigger; metadata `inputs` is the number of axes a product contracts."""
+    """Parameter of the trigger; its metadata `inputs` is the number of axes a product contracts."""
 
 
 class Trigger(Module):
-    """A linear head with two logits, skip and invoke, and an adapter for the decoder below it.
+    """Linear head with two logits, skip and invoke, and a LoRA adapter of the decoder below it.
 
-    It decides when to weave (arXiv 2509.24704). By default the head's kernel starts at zero, and
-    its bias such that the initial probability of invoking is `init_invoke_prob` everywhere.
+    The trigger decides when to weave (arXiv 2509.24704). By default the head's kernel is
+    initialised to zero, and the bias such that the probability of invoking is `init_invoke_prob`
+    for every input.
 
     Args:
         backbone: Decoder whose hidden states are the head's input.
         config: Sizes and options of the trigger.
-        rngs: Random keys of the initial values.
+        rngs: PRNG keys that initialise the adapter and the head.
         kernel_init: Initializer of the head's kernel; zeros by default.
         param_dtype: Dtype of the head's parameters. The adapter is float32.
 
@@ -75,22 +76,22 @@ class Trigger(Module):
 
 
 class TriggerPolicy(Protocol):
-    """Interface of policies, which decide in each row whether to weave; they must be pytrees."""
+    """Interface of policies, which decide in each row whether to weave; a policy is a pytree."""
 
     @property
     def learned(self) -> bool:
-        """Whether the policy uses the learned trigger's logits; otherwise it is given zeros."""
+        """Whether the policy uses the learned trigger's logits; if False, the logits are zeros."""
         ...
 
     def __call__(self, logits: jax.Array, keys: jax.Array) -> jax.Array:
-        """Decide from logits `[B, 2]` and random keys `[B]`; return `[B]` bool, True to invoke."""
+        """Decide from logits `[B, 2]` and PRNG keys `[B]`; return `[B]` bool, True to invoke."""
         ...
 
 
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class AlwaysInvoke:
-    """Policy that invokes the weaver at every boundary, up to `max_inference_events`."""
+    """Policy that invokes the weaver at every boundary, at most `max_inference_events` times."""
 
     learned = False
 
@@ -101,7 +102,7 @@ class AlwaysInvoke:
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class NeverInvoke:
-    """Policy that never invokes the weaver: the reasoner generates alone."""
+    """Policy that never invokes the weaver: the reasoner generates without latents."""
 
     learned = False
 
@@ -133,7 +134,7 @@ class LearnedInvoke:
 
     Attributes:
         temperature: Temperature that divides the trigger's logits if `sample` is True.
-        sample: Whether to sample the decision; otherwise it is the more probable one (static).
+        sample: Whether to sample decisions; if False, the more probable decision is taken (static).
     """
 
     temperature: float | jax.Array = 1.0

@@ -1,4 +1,4 @@
-"""A base class for decoders without a cache: it recomputes the whole prefix, slow but exact."""
+"""Base class for decoders without a cache, which recompute the whole prefix: slow but exact."""
 
 import dataclasses
 from typing import Any
@@ -15,10 +15,10 @@ from memgen.short_repr import ShortRepr
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, repr=False)
 class Rows(ShortRepr):
-    """Cache of `Uncached`: the vectors read so far.
+    """Cache of `Uncached`: all input vectors so far.
 
     Attributes:
-        vectors: `[B, N, D]` vectors, padded on the right.
+        vectors: `[B, N, D]` vectors with capacity `N`, padded on the right.
         length: `[B]` int32, number of real vectors of each row.
     """
 
@@ -29,9 +29,9 @@ class Rows(ShortRepr):
 class Uncached(Module):
     """Base class for a `DecoderBackbone` without a key-value cache.
 
-    `extend` keeps all vectors of the rows and runs `hidden_states` over them again at each call. A
-    subclass must define `embed_dim`, `vocab_size`, `lora_targets`, `apply_lora`, `embed_tokens`,
-    `hidden_states` and `unembed`. It may override `init_cache` and `extend` with faster ones.
+    Each call of `extend` recomputes `hidden_states` of all vectors so far. A subclass must define
+    `embed_dim`, `vocab_size`, `lora_targets`, `apply_lora`, `embed_tokens`, `hidden_states` and
+    `unembed`, and may override `init_cache` and `extend` with faster methods.
     """
 
     def for_decoding(self):
@@ -50,9 +50,9 @@ class Uncached(Module):
     def extend(
         self, cache: Rows, x: jax.Array, length: jax.Array, *, fresh: bool = False
     ) -> tuple[jax.Array, Rows]:
-        """As in `DecoderBackbone.extend`, by a forward pass over all vectors so far.
+        """Append vectors as `DecoderBackbone.extend` does, by a forward pass over all vectors.
 
-        Rows that would exceed `max_len` vectors get hidden states of NaN.
+        Rows that would exceed the cache's `max_len` vectors get hidden states of NaN.
         """
         decoder: Any = self
         vectors = put(cache.vectors, x, cache.length, length)

@@ -1,4 +1,4 @@
-"""The weaver: learned queries attend to the stream so far and become latent memory."""
+"""The weaver: learned queries attend to the reasoner's context and become latent memory."""
 
 from functools import partial
 from typing import NamedTuple
@@ -22,14 +22,15 @@ NORM_EPS = 1e-5
 
 
 class WeaverParam(nnx.Param):
-    """A parameter of the weaver; metadata `inputs` is the number of axes a product contracts."""
+    """Parameter of the weaver; its metadata `inputs` is the number of axes a product contracts."""
 
 
 class Snippets(NamedTuple):
-    """Retrieved text that the weaver's queries attend to besides the stream.
+    """Retrieved text, to which the weaver's queries attend in addition to the reasoner's context.
 
     Attributes:
-        vectors: `[B, C, D]` embeddings of the text by the reasoner, padded on the right.
+        vectors: `[B, C, D]` the reasoner's embeddings of up to `C` retrieved tokens, padded on the
+            right.
         length: `[B]` int32, number of real vectors of each row.
     """
 
@@ -40,7 +41,14 @@ class Snippets(NamedTuple):
 
 
 class Bank(Module):
-    """Learned queries of one kind of event; a call returns `scale * LayerNorm(queries) [K, D]`."""
+    """Learned queries of one kind of event; a call returns `scale * LayerNorm(queries)`.
+
+    Args:
+        slots: Number of queries, one for each latent of an event.
+        width: Width of the queries.
+        rngs: PRNG keys that initialise the queries.
+        param_dtype: Dtype of the parameters.
+    """
 
     def __init__(self, slots: int, width: int, *, rngs: nnx.Rngs, param_dtype: Dtype = jnp.float32):
         queries = jax.random.normal(rngs.params(), (slots, width)).astype(param_dtype)
@@ -57,13 +65,13 @@ class Bank(Module):
 
 
 class Projection(Module):
-    """A linear layer whose kernel and bias start uniform in `± 1 / sqrt(inputs)`.
+    """Linear layer whose kernel and bias are initialised uniformly in `± 1 / sqrt(inputs)`.
 
     Args:
         inputs: Number of inputs.
         outputs: Number of outputs.
-        rngs: Random keys of the initial values.
-        kernel_init: Initializer of the kernel in place of the uniform distribution.
+        rngs: PRNG keys that initialise kernel and bias.
+        kernel_init: Initializer of the kernel; by default the uniform distribution.
         param_dtype: Dtype of the parameters.
     """
 
@@ -91,17 +99,18 @@ class Projection(Module):
 
 
 class Weaver(Module):
-    """Queries, projections and the adapter with which a decoder weaves (arXiv 2509.24704).
+    """Learned queries, projections and LoRA adapter that let a decoder write latents.
 
-    The weaver holds no decoder: its methods take one to which the weaver's adapter is applied. It
-    computes in the dtype of its input vectors, but the norm of queries and the scale of latents in
+    The weaver (arXiv 2509.24704) writes the up to `K` latents of an event. The weaver holds no
+    decoder: its methods take a decoder to which the weaver's adapter is applied. Computation is in
+    the dtype of the input vectors, but the norm of queries and the scale of latents are computed in
     float32.
 
     Args:
-        reasoner: Decoder into whose stream latents are inserted, of width `d_r`.
-        backbone: Decoder that weaves, of width `d_w`; the reasoner or another decoder.
+        reasoner: Decoder into whose input sequence latents are inserted, of width `d_r`.
+        backbone: Decoder that computes latents, of width `d_w`; the reasoner or another decoder.
         config: Sizes and options of the weaver.
-        rngs: Random keys of the initial values.
+        rngs: PRNG keys that initialise the weaver's parameters.
         kernel_init: Initializer of the projections' kernels; by default uniform in
             `± 1 / sqrt(inputs)`.
         param_dtype: Dtype of the parameters. The adapter is float32.
@@ -144,11 +153,20 @@ class Weaver(Module):
         self.gain = None if size is None else named(WeaverParam, size, ())
 
     def width(self, kind: jax.Array) -> jax.Array:
-        """Number of latents of events of `kind [...]`, int32 of the same shape."""
+        """Return the number of latents of events of `kind [...]`, int32 of the same shape."""
         return jnp.where(kind == PROMPT, self.config.prompt_latents, self.config.inference_latents)
 
     def queries(self, kind: jax.Array) -> jax.Array:
-        """Queries `[..., K, d_w]` of events of `kind [...]`; unused slots are zeros."""
+        """Return the normalised queries of events, one for each latent slot.
+
+        Args:
+            kind: `[...]` int32, kind of each event, `PROMPT` or `INFERENCE`.
+
+        Returns:
+            Queries `[..., K, d_w]` in `K` latent slots (`WeaverConfig.latents`), of the width `d_w`
+            of the weaver's decoder, or of the reasoner's width with `context="nothing"`. Slots that
+            the kind of event does not use are zeros.
+        """
         given = [bank() for bank in (self.prompt, self.inference) if bank is not None]
         blank = jnp.zeros((self.config.latents, given[0].shape[-1]))
         banks = [
@@ -159,7 +177,7 @@ class Weaver(Module):
         return jnp.where((kind == PROMPT)[..., None, None], prompt, inference)
 
     def context(self, vectors: jax.Array) -> jax.Array:
-        """Project the reasoner's vectors `[..., d_r]` to the weaver's decoder, `[..., d_w]`.
+        """Project vectors of the reasoner's width `[..., d_r]` to the weaver's width `[..., d_w]`.
 
         Raises:
             ValueError: The width of the vectors is not `d_r`.
@@ -168,17 +186,27 @@ class Weaver(Module):
         return self.to_weaver(vectors)
 
     def memory(self, hidden: jax.Array) -> jax.Array:
-        """Project hidden states `[..., d_w]` of the weaver's decoder to latents `[..., d_r]`."""
+        """Project hidden states of the weaver's width `[..., d_w]` to latents `[..., d_r]`.
+
+        Latents have the reasoner's width `d_r`.
+        """
         latents = self.to_reasoner(hidden)
         if self.gain is None:
             return latents
-        # The bound is on the root: an epsilon could dominate a tiny mean square.
+        # The root is bounded below, because an epsilon inside could dominate a tiny mean square.
         size = jnp.sqrt(jnp.square(latents.astype(jnp.float32)).mean(axis=-1, keepdims=True))
         size = jnp.maximum(size, 1e-12)
         return (latents / size * self.gain[...]).astype(latents.dtype)
 
     def fixed(self, kind: jax.Array) -> jax.Array:
-        """Latents `[..., K, d_r]` of events of `kind [...]`, the same for every text."""
+        """Return the latents of events with `context="nothing"`, which are the same for every text.
+
+        Args:
+            kind: `[...]` int32, kind of each event, `PROMPT` or `INFERENCE`.
+
+        Returns:
+            Latents `[..., K, d_r]` in `K` latent slots, of the reasoner's width `d_r`.
+        """
         return self.memory(jax.nn.gelu(self.to_weaver(self.queries(kind))))
 
     def weave(
@@ -189,17 +217,19 @@ class Weaver(Module):
         kind: jax.Array,
         snippets: Snippets | None = None,
     ) -> jax.Array:
-        """Write the latents of one event in each row.
+        """Write the latents of one event in each row, by one forward pass of the weaver's decoder.
 
         Args:
             backbone: Decoder with the weaver's adapter.
-            stream: `[B, S, d_r]` vectors of the reasoner, padded on the right.
-            length: `[B]` int32, number of real vectors of each row.
-            kind: `[B]` int32, `PROMPT` or `INFERENCE`.
-            snippets: Retrieved text, which is read between the stream and the queries, or None.
+            stream: `[B, S, d_r]` context before the event: up to `S` input vectors or hidden states
+                of the reasoner, of width `d_r`, padded on the right.
+            length: `[B]` int32, number of real context vectors of each row.
+            kind: `[B]` int32, kind of each row's event, `PROMPT` or `INFERENCE`.
+            snippets: Retrieved text, placed between the context and the queries, or None.
 
         Returns:
-            Latents `[B, K, d_r]`; arbitrary in slots that the kind of event does not use.
+            Latents `[B, K, d_r]` in `K` latent slots; arbitrary in slots that the kind of event
+            does not use.
         """
         suffix, extra = self.suffix(kind, snippets)
         batch, capacity, width = stream.shape[0], stream.shape[1], suffix.shape[-1]
@@ -214,15 +244,19 @@ class Weaver(Module):
         return self.memory(chosen.reshape(batch, -1, width))
 
     def suffix(self, kind: jax.Array, snippets: Snippets | None) -> tuple[jax.Array, jax.Array]:
-        """Make the weaver's input after the stream: snippets, then queries.
+        """Make the vectors that follow the context in the weaver's input: snippets and queries.
+
+        In each row, the real snippet vectors come first, then the `K` queries, then padding. So the
+        number of valid vectors of a row is its number of snippet vectors plus `K`.
 
         Args:
-            kind: `[B]` int32, `PROMPT` or `INFERENCE`.
-            snippets: Retrieved text of up to C tokens, or None.
+            kind: `[B]` int32, kind of each row's event, `PROMPT` or `INFERENCE`.
+            snippets: Retrieved text of up to `C` tokens, or None.
 
         Returns:
-            Vectors `[B, C + K, d_w]` (C = 0 without snippets), padded on the right, and the number
-            of snippet vectors of each row, `[B]` int32.
+            Vectors `[B, C + K, d_w]`, with `K` latent slots (`WeaverConfig.latents`), the width
+            `d_w` of the weaver's decoder, and `C = 0` without snippets; and the number of snippet
+            vectors of each row, `[B]` int32.
         """
         queries = self.queries(kind)
         if snippets is None:
@@ -238,19 +272,20 @@ class Weaver(Module):
     def weave_parallel(
         self, backbone: DecoderBackbone, vectors: jax.Array, point: jax.Array, kind: jax.Array
     ) -> jax.Array:
-        """Write the latents of all events in one forward pass; no event sees another's latents.
+        """Write the latents of all events in one forward pass, for `latents_see_latents=False`.
 
-        Positions count tokens only: the queries of an event before token `s` have the positions
-        `s`, `s + 1`, and so on.
+        The queries of an event attend to the tokens before the event and to the event's earlier
+        queries, but not to other events. Positions count tokens only: the queries of an event
+        before token `s` have the positions `s`, `s + 1`, and so on.
 
         Args:
             backbone: Decoder with the weaver's adapter.
-            vectors: `[B, L, d_r]` embedded tokens.
+            vectors: `[B, L, d_r]` embeddings of `L` tokens, of the reasoner's width `d_r`.
             point: `[B, E]` int32, index of the token after each event; -1 for an unused event.
-            kind: `[B, E]` int32, `PROMPT` or `INFERENCE`.
+            kind: `[B, E]` int32, kind of each of the `E` events, `PROMPT` or `INFERENCE`.
 
         Returns:
-            Latents `[B, E, K, d_r]`; arbitrary in unused events and slots.
+            Latents `[B, E, K, d_r]` in `K` latent slots; arbitrary in unused events and slots.
         """
         batch, length, _ = vectors.shape
         events, slots = point.shape[1], self.config.latents
@@ -280,7 +315,7 @@ class Weaver(Module):
 
 
 def _embedding_size(reasoner: DecoderBackbone) -> jax.Array:
-    """Root mean square of the embeddings of up to `SAMPLED_IDS` evenly spaced token ids."""
+    """Return the root mean square of the embeddings of `SAMPLED_IDS` evenly spaced token ids."""
     count = min(reasoner.vocab_size, SAMPLED_IDS)
     ids = jnp.arange(count) * (reasoner.vocab_size // count)
     return jnp.sqrt(jnp.square(embed(reasoner, ids).astype(jnp.float32)).mean())

@@ -1,7 +1,7 @@
-"""Reading, checking and writing of LoRA adapters in the format of Hugging Face's `peft`.
+"""Read, check and write LoRA adapters in the format of Hugging Face's `peft`.
 
-An adapter is a folder with adapter_config.json and adapter_model.safetensors. Every field that
-would change what the adapter computes is honoured or refused.
+An adapter is a folder with adapter_config.json and adapter_model.safetensors. Every config field
+that would change what the adapter computes is either applied or rejected with a ValueError.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ MODULES = {
     for name in names
 }
 
-# Fields that change nothing of what a trained adapter computes beside a frozen decoder: notes,
-# options of training, where tensors are found (they are compared with the decoder's layers), and
-# fan_in_fan_out, which says how the layers of the base are stored.
+# Config fields that do not change what a trained adapter adds to a frozen decoder: notes, training
+# options, locations of tensors (tensors are compared with the decoder's layers instead), and
+# fan_in_fan_out, which says how the layers of the base model are stored.
 NOTES = {
     "auto_mapping", "base_model_name_or_path", "corda_config", "ensure_weight_tying", "eva_config",
     "fan_in_fan_out", "inference_mode", "layers_pattern", "loftq_config", "lora_dropout",
@@ -47,15 +47,15 @@ READ = {
     "alpha_pattern", "exclude_modules", "layers_to_transform", "lora_alpha", "r", "rank_pattern",
     "target_modules", "use_rslora",
 }  # fmt: skip
-# Values of the other fields for which an adapter is `x A B * scale` and nothing else.
+# Values of further config fields with which an adapter computes `x A B * scale` and nothing else.
 PLAIN: dict[str, tuple[Any, ...]] = {
     "bias": ("none",),
-    # Other ways to begin change the frozen weights too.
+    # Other initialisations change the frozen parameters too.
     "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva"),
 }
 
 REPEAT = re.compile(r"[*+{]")
-# Flags such as (?x) and comments change what is a repeat.
+# Flags such as (?x) and comments in a pattern change which of its characters are repeats.
 UNSAFE = re.compile(r"\)[*+{]|\(\?[a-zA-Z#-]")
 
 Targets = Mapping[str, tuple[tuple[int, ...], int, int]]
@@ -91,7 +91,7 @@ class LoRAWeights(ShortRepr):
 
     @property
     def delta(self) -> jax.Array:
-        """Change of the layer's weight by a merge, `A B * scale`: `[*stack, inputs, outputs]`."""
+        """Change of the layer's kernel by a merge: `A B * scale`, `[*stack, inputs, outputs]`."""
         return product_beside(self.a, self.b) * self.scale[..., None, None]
 
 
@@ -114,7 +114,7 @@ def hugging_face_module(target: str, index: tuple[int, ...]) -> str:
 
 
 class _Layer(NamedTuple):
-    """A linear layer of the decoder: its target, its index in the stack, its matrix's shape."""
+    """Linear layer of a decoder: its name in `lora_targets`, index in the stack, and sizes."""
 
     target: str
     index: tuple[int, ...]
@@ -131,28 +131,28 @@ def load_adapter(
 ) -> dict[str, LoRAWeights]:
     """Load an adapter that `peft` wrote.
 
-    The result goes to `apply_lora`; the `delta` of each of its values goes to `merge_lora`. Layers
-    of a stack that the adapter leaves out get zeros, and layers of a lower rank than the highest
-    one of their stack are padded with zeros; neither changes what the adapter computes. The scale
-    is alpha / rank, or alpha / sqrt(rank) if the adapter's config has `use_rslora`.
+    Pass the result to `apply_lora`, or the `delta` of each adapter to `merge_lora`. In a stack of
+    layers, matrices are zero-padded to the highest rank of the stack, and a layer without an
+    adapter gets zero matrices; the padding does not change what the adapter computes. The scale is
+    alpha / rank, or alpha / sqrt(rank) if the adapter's config has `use_rslora`.
 
     Args:
         path: Folder with adapter_config.json and adapter_model.safetensors.
-        lora_targets: Linear layers of the decoder by name: stack shape, inputs and outputs of each
-            (`Thoughtbubbles.lora_targets`, `memgen.linear_layers`).
+        lora_targets: Mapping from the name of each linear layer of the decoder to the shape of its
+            stack, its number of inputs and its number of outputs (`Thoughtbubbles.lora_targets`,
+            `memgen.linear_layers`).
         module_name: Function from a name in `lora_targets` and the index of a layer in its stack to
             the name of that layer in `transformers`.
         base: Base model that the adapter's config must name (base_model_name_or_path). By default
             the name is not checked: only layers and shapes are compared.
 
     Returns:
-        A dict from names in `lora_targets` to the adapters of these layers. Names whose layers are
-        all left out by the adapter are missing.
+        Dict from names in `lora_targets` to adapters, without the names of layers that have none.
 
     Raises:
-        ValueError: The adapter belongs to another base, computes something other than
-            `x A B * scale` beside linear layers, or a file is missing or damaged; or `module_name`
-            gives two layers the same name.
+        ValueError: The adapter belongs to another base model or adds something other than
+            `x A B * scale` to the outputs of linear layers, a file is missing or damaged, or
+            `module_name` gives two layers the same name.
     """
     path = Path(path).expanduser()
     if not (path / CONFIG).is_file():
@@ -200,11 +200,11 @@ def save_adapter(
     """Write an adapter as a folder that `peft` loads.
 
     Args:
-        path: New folder; an empty one may exist.
-        adapter: Adapters by name of a linear layer: `LoRAWeights`, adapters of
-            `memgen.make_adapter`, or other objects with arrays `a [*stack, inputs, rank]`,
-            `b [*stack, rank, outputs]` and `scale`, a number or `[*stack]`. A layer whose scale is
-            0 is not written.
+        path: Folder to create; it may exist if it is empty.
+        adapter: Mapping from the name of a linear layer to its adapter: a `LoRAWeights`, an adapter
+            of `memgen.make_adapter`, or another object with arrays `a [*stack, inputs, rank]` and
+            `b [*stack, rank, outputs]` and with `scale`, a number or an array `[*stack]`. A layer
+            whose scale is 0 is not written.
         module_name: Function from a name in the adapter and the index of a layer in its stack to
             the name of that layer in `transformers`.
         base: Name or path by which `peft` loads the base model; None to store no name.
@@ -214,7 +214,7 @@ def save_adapter(
         ValueError: The adapter has no layers or a negative scale, `dropout` is not in [0, 1), a
             layer has no name in `transformers` or the same name as another layer, or the folder
             exists and is not empty.
-        OSError: The folder can't be written; no part of it remains.
+        OSError: The folder can't be written; a partly written folder is removed.
     """
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout={dropout} is no rate: choose at least 0 and below 1")
@@ -241,7 +241,7 @@ def save_adapter(
     if not ranks:
         raise ValueError("an adapter of no layer: choose targets first")
     rank, alpha = next(iter(ranks.values())), next(iter(alphas.values()))
-    short = complete and module_name is hugging_face_module  # a target is all layers of a name
+    short = complete and module_name is hugging_face_module  # names apply to all layers
     fields = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -280,7 +280,7 @@ def _layers(lora_targets: Targets, module_name: ModuleName) -> Iterator[tuple[st
 
 
 def _check_plain(fields: Fields) -> None:
-    """Raise a ValueError for a field by which the adapter computes more than `x A B * scale`."""
+    """Raise a ValueError for a field that makes the adapter compute more than `x A B * scale`."""
     kind = fields.text("peft_type", None)
     if kind != "LORA":
         raise ValueError(f"{fields.source}: peft_type={shown(kind)} is not supported, only LORA")
@@ -299,7 +299,7 @@ def _check_plain(fields: Fields) -> None:
 def _modules(
     files: SafetensorsFiles, source: str, layers: Mapping[str, _Layer], base: str | None
 ) -> dict[str, int]:
-    """Rank of each adapted module; a ValueError if a tensor is not one of a module's matrices."""
+    """Return the rank of each adapted module; raise a ValueError for missing or wrong tensors."""
     other = f"the adapter belongs to another base ({shown(base)})"
     found: dict[str, set[str]] = {}
     for name in files.shapes:
@@ -334,7 +334,7 @@ def _modules(
 def _check_targets(
     fields: Fields, modules: Mapping[str, int], layers: Mapping[str, _Layer]
 ) -> None:
-    """Raise a ValueError unless config and tensors name the same layers, and the same ranks."""
+    """Raise a ValueError unless config and tensors agree on the adapted layers and their ranks."""
     for module, rank in modules.items():
         expected = _pattern(fields, "rank_pattern", module) or fields.integer("r")
         if rank != expected:
@@ -371,10 +371,11 @@ def _check_targets(
 
 
 def _choice(fields: Fields, name: str, *default: Any) -> Callable[[str], bool] | None:
-    """Return a test of whether a field selects a module, as `peft` would; None if it is not run.
+    """Return a predicate that tells whether a config field selects a module, as in `peft`.
 
     A list holds the ends of module names. A string is a regular expression that matches whole
-    names, or "all-linear": every linear layer except the head.
+    names, or "all-linear": every linear layer except the LM head. The result is None for a regular
+    expression that might take too long to evaluate.
     """
     value = fields.raw(name)
     if not isinstance(value, str):
@@ -382,8 +383,8 @@ def _choice(fields: Fields, name: str, *default: Any) -> Callable[[str], bool] |
         return lambda module: _named(module, names)
     if value.lower() == "all-linear" and name == "target_modules":
         return lambda module: not _named(module, ["lm_head"])
-    # Repeated groups, and many repeats, can take for ever on a name that does not match. Tensors
-    # are compared with the layers of the model whatever the pattern.
+    # Repeated groups, and many repeats, can take for ever on a name that does not match. Without
+    # the pattern, tensors are still compared with the layers of the model.
     if len(value) > 500 or len(REPEAT.findall(value)) > 4 or UNSAFE.search(value):
         return None
     try:
@@ -407,10 +408,10 @@ def _scale(fields: Fields, module: str, rank: int) -> float:
 
 
 def _pattern(fields: Fields, name: str, module: str) -> Any:
-    """Return the number that a pattern of `peft` gives to a module, or None.
+    """Return the number that `rank_pattern` or `alpha_pattern` gives to a module, or None.
 
-    `peft` takes the pattern's keys as regular expressions. Here a key is a module's whole name
-    behind "^", or the end of a name without it; other expressions are a ValueError.
+    `peft` interprets keys of these fields as regular expressions. Here a key must be the end of a
+    module's name, or "^" and the whole name; any other expression raises a ValueError.
     """
     pattern = fields.object(name)
     for key in pattern.names():

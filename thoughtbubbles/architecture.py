@@ -1,8 +1,8 @@
-"""Base classes of decoders: what training, evaluation, generation, memory and RL call.
+"""Base classes of decoders and of their configs: the interface that all other packages use.
 
-A new architecture is a config, a module with five methods over rows of vectors, and an entry in
-`ARCHITECTURES`. Training, evaluation, generation, memory and RL use the methods of `Architecture`
-alone; bubble maps and weights of Hugging Face decoders are for `Thoughtbubbles` only.
+A new architecture is a config class, a module with five methods over batches of vectors, and an
+entry in `ARCHITECTURES`. Training, evaluation, generation, MemGen and RL use only the methods of
+`Architecture`; bubble maps and Hugging Face checkpoints are supported for `Thoughtbubbles` only.
 """
 
 from collections.abc import Callable, Mapping
@@ -23,22 +23,22 @@ Constrain = Callable[[jax.Array], jax.Array]
 
 
 class Tracked(nnx.Variable):
-    """Model state that training updates from its batches; not a parameter, constant otherwise."""
+    """Model state, such as a threshold, that training updates from batches, not by gradients."""
 
 
 class ArchitectureConfig:
-    """Base class of the configs of architectures, which are frozen dataclasses of JSON values.
+    """Base class of architecture configs: frozen dataclasses with JSON-serializable fields.
 
-    Fields that `--architecture "name(field=value)"` sets are numbers, strings, bools, tuples of
-    these, or None. A field of another type, such as a policy, has an option `--model.*` of its own.
+    `--architecture "name(field=value)"` sets fields that are numbers, strings, bools, tuples of
+    these types, or None. A field of another type, such as a policy, has its own option `--model.*`.
 
     Attributes:
-        vocab_size: Number of token ids that the embedding knows (V).
-        embed_dim: Width of the vectors that the model reads and of its hidden states (D).
-        context_length: Number of tokens of a text that the weights are meant for; None if unknown.
-        dtype: Type of the computation; parameters are float32.
-        scan_layers: Whether layers run in a scan, which compiles faster, if the model has a choice.
-        remat: Activations that the backward pass recomputes, if the model has a choice.
+        vocab_size: Number of token ids of the embedding (V).
+        embed_dim: Width of the model's input vectors and of its hidden states (D).
+        context_length: Longest sequence, in tokens, that parameters are meant for; None if unknown.
+        dtype: Dtype of the computation; parameters are float32 by default.
+        scan_layers: Whether layers run in a scan, which compiles faster, if the model supports it.
+        remat: Activations that the backward pass recomputes, if the model supports it.
     """
 
     if TYPE_CHECKING:
@@ -67,7 +67,7 @@ class ArchitectureConfig:
     def forward_flops(self, num_tokens: int) -> int:
         """Matrix-multiplication FLOPs of a forward pass over a row of tokens, logits included.
 
-        The default counts one use of every parameter for each token.
+        The default is two FLOPs for each parameter and token.
         """
         return 2 * self.num_params() * num_tokens
 
@@ -84,25 +84,24 @@ class ArchitectureConfig:
         return ", ".join(f"{name} {getattr(self, name)}" for name in self.__dataclass_fields__)
 
     def unused_fields(self) -> tuple[str, ...]:
-        """Names of fields that this config does not use; they may differ when a run is resumed."""
+        """Names of fields without effect in this config; a resumed run may change their values."""
         return ()
 
     def attention_inputs(self) -> tuple[jax.ShapeDtypeStruct | None, ...] | None:
-        """Shapes of query, key, value and bias, to choose a kernel by; None if it can't use one."""
+        """Shapes of query, key, value and bias, to select a kernel; None if kernels don't apply."""
         return None
 
 
 class Architecture(Module):
-    """Base class of decoders: five methods to write, on which the defaults of the others build.
+    """Base class of decoders: a subclass implements five methods, all other methods have defaults.
 
-    A subclass writes the constructor, `embed_tokens`, `hidden_states`, `unembed`, and, for decoding
-    with a cache, `init_cache` and `extend`. An architecture that predicts from more than one hidden
-    state per token overrides `run`, `logits`, `logits_at`, `log_prob` and `advance` instead, and
-    returns another `backbone`.
+    A subclass implements the constructor, `embed_tokens`, `hidden_states`, `unembed`, and, to
+    decode with a cache, `init_cache` and `extend`. A subclass that predicts from several hidden
+    states per token overrides `run`, `logits`, `logits_at`, `log_prob`, `advance` and `backbone`.
 
-    Parameters are `nnx.Param`s; the metadata `axes` names their logical axes for sharding and
-    `inputs` counts the leading axes that a product contracts (`thoughtbubbles.weights.weight`).
-    Parameters without metadata are replicated.
+    Parameters are `nnx.Param`s. Their metadata `axes` names their logical axes for sharding, and
+    `inputs` is the number of leading axes that a matrix product contracts
+    (`thoughtbubbles.weights.weight`). Parameters without metadata are replicated.
 
     Attributes:
         config: Config that the model was made with.
@@ -124,8 +123,8 @@ class Architecture(Module):
 
         Args:
             config: Sizes and options, an instance of `config_class`.
-            rngs: Random keys of the initial values.
-            constrain: Function that keeps residuals `[B, S, D]` sharded over the batch, to be
+            rngs: PRNG keys of the initial values.
+            constrain: Function that constrains residuals `[B, S, D]` to be sharded over the batch,
                 applied between blocks; None on one device.
             attend: Attention function (`thoughtbubbles.attention.Attend`), such as a kernel, for
                 architectures with `attention_inputs`; None for the architecture's default.
@@ -140,10 +139,10 @@ class Architecture(Module):
     def vocab_size(self) -> int:
         return self.config.vocab_size
 
-    # To be written.
+    # Methods that a subclass implements.
 
     def embed_tokens(self, tokens: jax.Array) -> jax.Array:
-        """Vectors `[..., D]` of token ids `[...]` int32."""
+        """Embed token ids `[...]` int32 as vectors `[..., D]`."""
         raise NotImplementedError(f"{type(self).__name__} has no embed_tokens")
 
     def hidden_states(
@@ -154,53 +153,54 @@ class Architecture(Module):
         positions: jax.Array | None = None,
         visible: jax.Array | None = None,
     ) -> jax.Array:
-        """Hidden states `[B, T, D]` of vectors, after the final norm.
+        """Compute hidden states `[B, T, D]` of a forward pass over vectors, after the final norm.
 
         Args:
             x: Vectors `[B, T, D]`, padded on the right.
             length: Number of real vectors in each row, `[B]` int32; all `T` by default.
-            positions: Position of each vector, `[B, T]` int32, given together with `visible` in
+            positions: Position of each vector, `[B, T]` int32, passed together with `visible` in
                 place of `length`; only for an architecture with `takes_positions`.
-            visible: Whether a vector (axis 1) attends to another (axis 2), `[B, T, T]` bool.
+            visible: Attention mask of queries (axis 1) and keys (axis 2), `[B, T, T]` bool.
         """
         raise NotImplementedError(f"{type(self).__name__} has no hidden_states")
 
     def unembed(self, hidden: jax.Array) -> jax.Array:
-        """Logits `[..., V]` float32 of hidden states `[..., D]`."""
+        """Compute logits `[..., V]` float32 from hidden states `[..., D]`."""
         raise NotImplementedError(f"{type(self).__name__} has no unembed")
 
     def init_cache(self, batch: int, max_tokens: int) -> Any:
-        """Return an empty cache, a pytree whose arrays have rows on axis 0 (`cache_batch_axes`).
+        """Return an empty cache, a pytree of arrays with the batch on axis 0 (`cache_batch_axes`).
 
         Args:
-            batch: Number of rows.
+            batch: Number of rows (batch elements).
             max_tokens: Maximum number of vectors in a row.
         """
         raise NotImplementedError(f"{type(self).__name__} can't decode with a cache")
 
     def cache_batch_axes(self, cache: Any) -> Any:
-        """Axis of the rows in each array of a cache (same pytree); None if all rows share it."""
+        """Return the batch axis of each array of a cache (same pytree); None for shared arrays."""
         return jax.tree.map(lambda leaf: 0 if leaf.ndim else None, cache)
 
     def extend(
         self, cache: Any, x: jax.Array, length: jax.Array, *, fresh: bool = False
     ) -> tuple[jax.Array, Any]:
-        """Append vectors to the rows of a cache and return their hidden states.
+        """Append vectors to the rows of a cache and return the hidden states of these vectors.
 
-        Any split of a row into calls gives the hidden states of one call of `hidden_states`.
+        Processing a sequence in chunks, however it is split, gives the same hidden states as one
+        call of `hidden_states` over the whole sequence.
 
         Args:
-            cache: Cache that `init_cache` or `extend` returned; it stays usable.
-            x: Vectors `[B, C, D]`, padded on the right.
-            length: Number of real vectors in each row, `[B]` int32; 0 leaves a row as it is.
-            fresh: Static promise that the cache is empty.
+            cache: Cache that `init_cache` or `extend` returned; it is neither modified nor donated.
+            x: Next `C` vectors of each row, `[B, C, D]`, padded on the right.
+            length: Number of real vectors in each row, `[B]` int32; 0 leaves a row unchanged.
+            fresh: Whether the cache is known to be empty (static), which allows a faster prefill.
 
         Returns:
-            Hidden states `[B, C, D]`, and the new cache.
+            Hidden states `[B, C, D]` of the vectors, and the new cache.
         """
         raise NotImplementedError(f"{type(self).__name__} can't decode with a cache")
 
-    # What follows.
+    # Methods with defaults.
 
     def run(
         self,
@@ -210,47 +210,47 @@ class Architecture(Module):
         track: bool = False,
         key: jax.Array | None = None,
     ) -> Any:
-        """Run the model without the head; `logits`, `logits_at` and `log_prob` take the result.
+        """Run the forward pass up to the LM head; `logits` and `log_prob` take the result.
 
         Args:
             tokens: Token ids `[B, T]` int32, padded on the right.
             length: Number of real tokens in each row, `[B]` int32; all `T` by default.
             track: Whether to update `Tracked` variables from these tokens, as in training.
-            key: Random key of noise in training; None for no noise.
+            key: PRNG key of noise in training; None for no noise.
         """
         x = self.embed_tokens(jnp.asarray(tokens))
         return self.hidden_states(x, None if length is None else jnp.asarray(length))
 
     def logits(self, output: Any) -> jax.Array:
-        """Logits `[B, T, V]` float32 of what `run` or `advance` returned."""
+        """Compute logits `[B, T, V]` float32 from the result of `run` or `advance`."""
         return self.unembed(output)
 
     def logits_at(self, output: Any, position: AnyArray) -> jax.Array:
-        """Logits `[B, V]` float32 of one position in each row.
+        """Compute logits `[B, V]` float32 at one position in each row.
 
         Args:
-            output: What `run` or `advance` returned.
+            output: Result of `run` or `advance`.
             position: Position in each row, `[B]` int32.
         """
         hidden = jnp.take_along_axis(output, position[:, None, None], axis=1)
         return self.unembed(hidden)[:, 0]
 
     def log_prob(self, output: Any, targets: AnyArray) -> jax.Array:
-        """Log-probability of the target at each position, `[B, T]` float32.
+        """Compute the log-probability of the target at each position, `[B, T]` float32.
 
         Args:
-            output: What `run` returned.
+            output: Result of `run`.
             targets: Token ids `[B, T]` int32.
         """
         return log_prob_of(self.logits(output), targets)
 
     def __call__(self, tokens: AnyArray, mask: AnyArray | None = None) -> jax.Array:
-        """Logits `[B, T, V]` float32, teacher-forced.
+        """Compute logits `[B, T, V]` float32 in one teacher-forced forward pass.
 
         Args:
             tokens: Token ids `[B, T]` int32.
-            mask: Whether each token is real, `[B, T]` bool; all by default. Padding may stand on
-                either side; its logits are 0, and it does not change those of real tokens.
+            mask: Whether each token is real, `[B, T]` bool; all by default. Padding, on either
+                side, has logits of 0 and does not change the logits of real tokens.
         """
         if mask is None:
             return self.logits(self.run(tokens))
@@ -260,20 +260,20 @@ class Architecture(Module):
     def token_losses(
         self, rows: AnyArray, *, track: bool = False, key: jax.Array | None = None
     ) -> tuple[jax.Array, Any]:
-        """Teacher-forced negative log-likelihood of each next token of rows.
+        """Compute the teacher-forced negative log-likelihood of each next token.
 
         Args:
             rows: Token ids `[B, T + 1]` int32; -1 is padding on the right, which is not a target.
             track: Whether to update `Tracked` variables from these rows, as in training.
-            key: Random key of noise in training; None for no noise.
+            key: PRNG key of noise in training; None for no noise.
 
         Returns:
-            Nats `[B, T]` float32, 0 for padding, and what `run` returned. Under `jit`, a row with
-            padding in front of a token has NaN in all places, with gradient 0.
+            Losses `[B, T]` float32 in nats, 0 for padding, and the result of `run`. Under `jit`,
+            all losses of a row with padding before a token are NaN, with a gradient of 0.
 
         Raises:
             ValueError: The rows are not integers `[B, T + 1]` with T >= 1, or (outside of `jit`) a
-                row has padding in front of a token.
+                row has padding before a token.
         """
         inputs, targets = next_tokens(rows)
         length = (inputs >= 0).sum(axis=1, dtype=jnp.int32)
@@ -284,15 +284,15 @@ class Architecture(Module):
     def loss(
         self, rows: AnyArray, *, track: bool = False, key: jax.Array | None = None
     ) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
-        """Pretraining loss of rows, as a sum that can be added up over micro-batches and devices.
+        """Compute the pretraining loss as a sum, to be added over micro-batches and devices.
 
         Args:
             rows: Token ids `[B, T + 1]` int32; -1 is padding on the right, which is not a target.
             track: Whether to update `Tracked` variables from these rows, as in training.
-            key: Random key of noise in training; None for no noise.
+            key: PRNG key of noise in training; None for no noise.
 
         Returns:
-            Sum in nats, number of targets (both float32), and the sums of `statistics`.
+            Summed loss in nats, number of targets (both float32), and the result of `statistics`.
         """
         nats, output = self.token_losses(rows, track=track, key=key)
         return nats.sum(), (rows[:, 1:] >= 0).sum(dtype=jnp.float32), self.statistics(output)
@@ -310,11 +310,11 @@ class Architecture(Module):
         Args:
             cache: Cache that `init_cache` or `advance` returned.
             tokens: Token ids `[B, C]` int32, padded on the right.
-            length: Number of real tokens in each row, `[B]` int32; 0 leaves a row as it is.
-            fresh: Static promise that the cache is empty.
+            length: Number of real tokens in each row, `[B]` int32; 0 leaves a row unchanged.
+            fresh: Whether the cache is known to be empty (static), which allows a faster prefill.
 
         Returns:
-            Output for `logits_at`, in which position 0 is the first of `tokens`, and the new cache.
+            Output for `logits_at`, whose position 0 is the first of `tokens`, and the new cache.
         """
         x = self.embed_tokens(jnp.asarray(tokens))
         return self.extend(cache, x, jnp.asarray(length), fresh=fresh)
@@ -329,20 +329,20 @@ class Architecture(Module):
 
     @property
     def lora_targets(self) -> Mapping[str, tuple[tuple[int, ...], int, int]]:
-        """Linear layers that take an adapter, by name: stack shape, inputs, outputs (here none)."""
+        """Mapping from a linear layer that takes an adapter to (stack shape, inputs, outputs)."""
         return {}
 
     def apply_lora(self, adapter: Mapping[str, Any]) -> Any:
-        """Return the model with adapters on layers of `lora_targets`; arrays are not copied."""
+        """Return the model with adapters, by name in `lora_targets`; arrays are not copied."""
         raise ValueError(f"{type(self).__name__} has no linear layers that take an adapter")
 
     def merge_lora(self, deltas: Mapping[str, jax.Array]) -> Any:
-        """Return the model with `deltas [*stack, inputs, outputs]` merged into `lora_targets`."""
+        """Return the model with `deltas`, `[*stack, inputs, outputs]` by name, added to kernels."""
         raise ValueError(f"{type(self).__name__} has no linear layers that take an adapter")
 
     @property
     def takes_positions(self) -> bool:
-        """Whether `hidden_states` takes `positions` and `visible`, for packing and weaving."""
+        """Whether `hidden_states` takes `positions` and `visible` (sequence packing, weaving)."""
         return False
 
     @property
@@ -351,7 +351,7 @@ class Architecture(Module):
         return None
 
     def with_policy(self, policy: Any) -> Self:
-        """Return the model with another fork policy; a ValueError if it has no fork layers."""
+        """Return the model with another fork policy; raise a ValueError without fork layers."""
         raise ValueError(f"{type(self).__name__} has no fork layers: it takes no policy, {policy}")
 
     @property
@@ -367,26 +367,26 @@ class Architecture(Module):
     # Statistics of training and evaluation.
 
     def statistics(self, output: Any) -> dict[str, jax.Array]:
-        """Return sums over a batch, by name, from which `step_metrics` makes a run's metrics."""
+        """Return sums over a batch, by name, from which `step_metrics` computes metrics."""
         return {}
 
     def row_statistics(self, output: Any) -> dict[str, jax.Array]:
-        """Return sums over each row, `[B]`, by name; evaluation reports them as NAME_per_token."""
+        """Return the sums over each row, `[B]`, by name, that are reported as NAME_per_token."""
         return {}
 
     @classmethod
     def tracked_statistics(cls, tracked: Any) -> dict[str, jax.Array]:
-        """Return values of `Tracked` variables (an nnx.State), to be added to `statistics`."""
+        """Return statistics, by name, of an nnx.State of `Tracked` variables."""
         return {}
 
     @classmethod
     def step_metrics(cls, config: Any, sums: Mapping[str, Any]) -> dict[str, Any]:
-        """Return metrics by name, numbers or lists, from `statistics` and `tracked_statistics`."""
+        """Compute metrics, numbers or lists by name, from `statistics` and `tracked_statistics`."""
         return {}
 
     @classmethod
     def step_histograms(cls, config: Any, sums: Mapping[str, Any]) -> dict[str, np.ndarray]:
-        """Return samples for histograms by name, from `statistics` and `tracked_statistics`."""
+        """Compute samples for histograms, by name, from `statistics` and `tracked_statistics`."""
         return {}
 
     @classmethod
@@ -403,11 +403,11 @@ class Architecture(Module):
 
         Args:
             config: Config that the parameters were made with.
-            params: Nested dict of arrays as `nnx.to_pure_dict` gives it.
-            constrain: Function that keeps residuals sharded, as in the constructor.
+            params: Nested dict of arrays, as `nnx.to_pure_dict` returns it.
+            constrain: Function that constrains residuals, as in the constructor.
             attend: Attention function, as in the constructor.
             shardings: Function from the abstract nnx.State to its shardings; by default JAX arrays
-                stay where they are and others go to the first device.
+                are not moved, and other arrays go to the default device.
 
         Raises:
             ValueError: Names or shapes of `params` differ from those that the config asks for.
@@ -417,7 +417,7 @@ class Architecture(Module):
 
 
 ARCHITECTURES: dict[str, type[Architecture]] = {}
-"""Architecture classes by the names that configs and `--architecture` use."""
+"""Mapping from a name in configs and in `--architecture` to the architecture class."""
 
 
 def architecture_of(config: Any) -> type[Architecture]:

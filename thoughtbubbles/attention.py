@@ -1,4 +1,4 @@
-"""Score-attenuated causal attention: a reference path, a fast path, and one over a cache."""
+"""Score-attenuated causal attention: a reference, a fast path, and attention over a KV cache."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ MIN_BLOCK = 64
 MAX_BLOCKS = 8
 SHORTEST_SPAN = 256
 LARGEST_WEIGHTS = 2**25
-"""Bytes of float32 attention weights of one call, over all devices, above which `attend` recomputes
-them in the backward pass and `attend_cached` computes them in tiles."""
+"""Bytes of float32 attention probabilities of one call, over all devices, above which `attend`
+recomputes the probabilities in the backward pass and `attend_cached` computes them in tiles."""
 LARGEST_TILE = 2**26
-"""Bytes of float32 attention weights of one block of `attend`, over all devices, above which the
-block is computed in tiles of queries, of about `SMALLEST_TILE` queries or more."""
+"""Bytes of float32 attention probabilities of one block of `attend`, over all devices, above which
+the block is computed in tiles of about `SMALLEST_TILE` queries or more."""
 SMALLEST_TILE = 64
 FEWEST_TILED = 16
 QUERY_TILE, KEY_TILE = 256, 512
@@ -38,18 +38,18 @@ def attend(
     value: Float[Array, "B S G K"],
     bias: Float[Array, "B S"] | None = None,
 ) -> Float[Array, "B S H K"]:
-    """Causal attention over slots with a bias per key (arXiv 2510.00219, eq. 8).
+    """Compute causal attention over `S` slots with a bias per key (arXiv 2510.00219, eq. 8).
 
     Queries are processed in blocks (`block_size`), each against the keys up to the block's end
     only. So the logits of later keys are not computed, and a row of several blocks needs no array
-    `[B, H, S, S]`. If the attention weights of a call have more than `LARGEST_WEIGHTS` bytes, the
-    backward pass computes them again; such a call has no forward-mode derivative (`jax.jvp`). If
-    the weights of a block have more than `LARGEST_TILE` bytes, both passes compute them for a tile
-    of its queries at a time.
+    `[B, H, S, S]`. If the attention probabilities of a call have more than `LARGEST_WEIGHTS` bytes,
+    the backward pass recomputes them; such a call does not support forward-mode differentiation
+    (`jax.jvp`). If the probabilities of a block have more than `LARGEST_TILE` bytes, forward and
+    backward pass compute them for one tile of the block's queries at a time.
 
     Args:
-        query: Rotated queries of `H` heads.
-        key: Rotated keys of `G` heads, where `G` divides `H` (grouped-query attention).
+        query: Queries of `H` heads with RoPE applied.
+        key: Keys of `G` heads with RoPE applied, where `G` divides `H` (grouped-query attention).
         value: Values of `G` heads, already multiplied by scores if the config scales values.
         bias: Float32 bias of each key, added to the logits after their division by sqrt(K); None
             for no bias.
@@ -66,7 +66,7 @@ def attend_reference(
     value: Float[Array, "B S G K"],
     bias: Float[Array, "B S"] | None = None,
 ) -> Float[Array, "B S H K"]:
-    """Compute what `attend` computes without blocks: all queries against all keys at once."""
+    """Compute the same as `attend`, with all queries against all keys at once (no blocks)."""
     last = jnp.arange(query.shape[1])
     return slots_first(_attend(*heads_first(query, key, value), bias, last))
 
@@ -77,14 +77,14 @@ def attend_where(
     value: Float[Array, "B S G K"],
     visible: Bool[Array, "B S S"],
 ) -> Float[Array, "B S H K"]:
-    """Attention under any mask, such as the mask of several texts packed into one row.
+    """Compute attention under an arbitrary mask, such as a sequence-packing mask.
 
     Args:
-        query: Rotated queries of `H` heads.
-        key: Rotated keys of `G` heads, where `G` divides `H`.
+        query: Queries of `H` heads with RoPE applied.
+        key: Keys of `G` heads with RoPE applied, where `G` divides `H` (grouped-query attention).
         value: Values of `G` heads.
-        visible: Whether a query (axis 1) attends to a key (axis 2); the result of a query without
-            any key is arbitrary but finite.
+        visible: Mask of queries (axis 1) and keys (axis 2), true where a query attends to a key;
+            the result of a query that attends to no key is arbitrary but finite.
     """
     return jax.nn.dot_product_attention(query, key, value, mask=visible[:, None])
 
@@ -97,21 +97,23 @@ def attend_cached(
     first: Int[Array, " B"],
     count: Int[Array, " B"] | None = None,
 ) -> Float[Array, "B Q H K"]:
-    """Attention of new slots over a cache, into which their keys and values are already written.
+    """Compute attention of `Q` new queries over a KV cache that includes the new keys and values.
 
-    Only a prefix of the cache is read: the shortest of a few static lengths (`cache_spans`) that
-    covers the used slots of every row. A call of `FEWEST_TILED` queries or more whose weights would
-    have more than `LARGEST_WEIGHTS` bytes is computed in tiles of the whole cache instead. Its
-    backward pass holds all weights, and it has no forward-mode derivative (`jax.jvp`).
+    By default attention covers only a prefix of the cache: the shortest of a few static lengths
+    (`cache_spans`) that includes the used slots of every row. But with `FEWEST_TILED` queries or
+    more and attention probabilities of more than `LARGEST_WEIGHTS` bytes, the forward pass computes
+    attention in tiles over the whole cache, like flash attention. In that case the backward pass
+    materializes all attention probabilities, and forward-mode differentiation (`jax.jvp`) fails.
 
     Args:
-        query: Rotated queries of the new slots.
-        key: Rotated keys of the cache, heads first, so that no step has to transpose the cache.
-        value: Values of the cache, heads first.
-        bias: Float32 bias of each key, added to the logits, or None.
-        first: Cache slot of each row's query 0; query `q` attends to slots up to `first + q`.
-        count: Number of leading queries of each row whose results are needed; results of the other
-            queries are arbitrary but finite. All by default.
+        query: Queries of `H` heads for the new slots, with RoPE applied.
+        key: Keys of `G` heads, where `G` divides `H`, in the `N` slots of the cache, with RoPE
+            applied; heads come before slots, so that no step has to transpose the cache.
+        value: Values of `G` heads in the `N` slots of the cache.
+        bias: Float32 bias of each key, added to the logits; None for no bias.
+        first: Cache slot of query 0 in each row; query `q` attends to slots up to `first + q`.
+        count: Number of leading queries in each row whose results are used; the results of later
+            queries are arbitrary but finite. All queries by default.
     """
     (batch, queries, heads, _), slots = query.shape, key.shape[2]
     query = _grouped(query, key.shape[1])
@@ -132,10 +134,10 @@ def attend_cached(
 
 
 def cache_spans(slots: int) -> list[int]:
-    """Lengths of cache prefixes, in slots, that `attend_cached` chooses from, in rising order.
+    """Return, in increasing order, the cache prefix lengths that `attend_cached` selects from.
 
-    They are `SHORTEST_SPAN` and its doublings up to half of the cache, and the whole cache. A
-    prefix of more than half is copied out of the cache, which takes longer than reading all of it.
+    The lengths in slots are `SHORTEST_SPAN`, doubled up to half of the cache, and the whole cache.
+    XLA would copy a longer prefix out of the cache, which takes longer than attending to all slots.
     """
     spans = [SHORTEST_SPAN]
     while 2 * spans[-1] <= slots:
@@ -144,27 +146,27 @@ def cache_spans(slots: int) -> list[int]:
 
 
 def block_size(slots: int) -> int:
-    """Number of queries in a block of `attend`: `MIN_BLOCK` or more, in `MAX_BLOCKS` or fewer."""
+    """Number of queries per block of `attend`: >= `MIN_BLOCK`, in up to `MAX_BLOCKS` blocks."""
     return max(MIN_BLOCK, math.ceil(slots / MAX_BLOCKS))
 
 
 def visited_pairs(slots: int) -> int:
-    """Number of query-key pairs that `attend` computes for a row of `slots`, to count FLOPs."""
+    """Number of query-key pairs that `attend` computes for a row of `slots` slots (for FLOPs)."""
     block = block_size(slots)
     ends = [min(start + block, slots) for start in range(0, slots, block)]
     return sum((end - start) * end for start, end in zip(range(0, slots, block), ends, strict=True))
 
 
 def heads_first(query, key, value):
-    """Move heads before slots, group queries by key heads, and divide queries by sqrt(K).
+    """Move heads before slots, group query heads by key head, and scale queries by 1 / sqrt(K).
 
     Args:
         query: Queries `[B, S, H, K]`.
-        key: Keys `[B, S, G, K]`.
+        key: Keys `[B, S, G, K]` of `G` key heads.
         value: Values `[B, S, G, K]`.
 
     Returns:
-        Divided queries `[B, G, H/G, S, K]`, keys `[B, G, S, K]` and values `[B, G, S, K]`.
+        Scaled queries `[B, G, H/G, S, K]`, keys `[B, G, S, K]` and values `[B, G, S, K]`.
     """
     return _grouped(query, key.shape[2]), key.swapaxes(1, 2), value.swapaxes(1, 2)
 
@@ -174,31 +176,31 @@ def _grouped(query, groups):
 
 
 def _in_groups(values, groups):
-    """Values `[B, S, H, K]` as `[B, G, H/G, S, K]`."""
+    """Reshape and transpose values `[B, S, H, K]` to `[B, G, H/G, S, K]`."""
     batch, slots, heads, width = values.shape
     values = values.reshape(batch, slots, groups, heads // groups, width)
     return values.transpose(0, 2, 3, 1, 4)
 
 
 def slots_first(mixed):
-    """Reshape attention results `[B, G, H/G, S, K]` (see `heads_first`) to `[B, S, H, K]`."""
+    """Transpose attention outputs `[B, G, H/G, S, K]` (as in `heads_first`) to `[B, S, H, K]`."""
     batch, groups, repeats, slots, width = mixed.shape
     return mixed.transpose(0, 3, 1, 2, 4).reshape(batch, slots, groups * repeats, width)
 
 
 def _attend(query, key, value, bias, last, few=False):
-    """Attention with heads first; each query attends to keys up to slot `last`, `[Q]` or `[B, Q]`.
+    """Compute attention with heads first, over keys up to slot `last` (`[Q]` or `[B, Q]`).
 
-    `few` says that there are few queries for the keys; only speed depends on it.
+    `few` chooses a layout that is fast if there are few queries; it does not change the result.
     """
     return _attend_normalised(query, key, value, bias, last, few)[0]
 
 
 def _attend_normalised(query, key, value, bias, last, few=False):
-    """Compute `_attend`, and the logarithm of the softmax normaliser of each query."""
+    """Return the result of `_attend` and the log of the softmax normaliser of each query."""
     logits = _logits(query, key, bias, last, few)
-    # The peak is taken out of the gradient and the sum divided out after the product with the
-    # values: two passes over [q, s] less than jax.nn.softmax.
+    # No gradient flows through the peak, and the product with the values is divided by the sum:
+    # two passes over [q, s] fewer than jax.nn.softmax.
     peak = jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True))
     weights = jnp.exp(logits - peak)
     mixed = jnp.einsum(
@@ -212,8 +214,8 @@ def _attend_normalised(query, key, value, bias, last, few=False):
 def _attend_tiled(query, key, value, bias, last, end):
     """Compute `_attend` in tiles, with a running normaliser (arXiv 2205.14135); `last` is `[B, Q]`.
 
-    Tiles of keys that no query of a tile attends to, or that start at `end [B]` or later in every
-    row, are skipped.
+    A tile of keys is skipped if no query of the current tile attends to it, or if its first slot is
+    at `end [B]` or later in every row.
     """
     queries, slots = query.shape[3], key.shape[2]
     rows, columns = min(QUERY_TILE, queries), min(KEY_TILE, slots)
@@ -248,7 +250,7 @@ _attend_tiled.defvjp(lambda *arrays: (_attend_tiled(*arrays), arrays), _tiled_ba
 
 
 def _add_tile(query, key, value, bias, last, columns, index, carry):
-    """Update peak, sum and mixture of a tile of queries with one more tile of keys."""
+    """Update the running maximum, sum and output of a tile of queries with another tile of keys."""
     peak, total, mixed = carry
     begin = index * columns
     start = jnp.minimum(begin, key.shape[2] - columns)  # the last tile overlaps the one before
@@ -286,13 +288,13 @@ def _logits(query, key, bias, last, few=False):
 
 
 def _blocks(slots):
-    """First and last + 1 query of each block; its keys are those up to its end."""
+    """Return the query range `(start, end)` of each block; its keys are the slots before `end`."""
     block = block_size(slots)
     return [(start, min(start + block, slots)) for start in range(0, slots, block)]
 
 
 def _block(arrays, start, end):
-    """Queries, keys, values, bias and last slots of one block."""
+    """Slice the queries of one block, their keys, values and bias, and each query's last slot."""
     query, key, value, bias = arrays
     seen = None if bias is None else bias[:, :end]
     last = jnp.arange(start, end)
@@ -305,7 +307,7 @@ def _attend_blocks(*arrays):
 
 
 def _in_tiles(query, key, value, bias, last):
-    """Compute `_attend_normalised` of a block, in tiles of queries if its weights are large."""
+    """Compute `_attend_normalised` of a block, in tiles of queries if the block is large."""
     tiles, queries = _tiles(query, key), query.shape[3]
     if tiles == 1:
         return _attend_normalised(query, key, value, bias, last)
@@ -340,7 +342,7 @@ def _joined(tiles, queries):
 def _attend_again(*arrays):
     """Compute `_attend_blocks` and return its result with slots first.
 
-    The backward pass computes the attention weights again, as in arXiv 2205.14135.
+    The backward pass recomputes the attention probabilities, as in arXiv 2205.14135.
     """
     return slots_first(_attend_blocks(*arrays))
 
@@ -357,19 +359,19 @@ def _backward(residuals, gradient):
     query, key, value, bias = arrays
     means = []
     if mixed.dtype == jnp.float32:
-        # The mean of a row's gradients under its weights, without the weights. Of what was rounded
-        # to fewer bits it would be off by what all values have in common, which should cancel.
+        # Mean of a query's gradients under its attention probabilities, computed from the output
+        # alone. A rounded output would bring in the values' common part, which should cancel.
         mean = (gradient * mixed).sum(axis=-1, keepdims=True)
         means = [_in_groups(mean, key.shape[1])[..., 0]]
     gradient = _in_groups(gradient, key.shape[1])
     of_rows = normaliser, gradient, *means
-    # Whole, because blocks of them in the forward pass would be kept as well.
+    # Whole arrays, because blocks of them in the forward pass would be stored as well.
     query = once_known(query, gradient)
     key, value = (once_known(values, gradient[:, :, 0]) for values in (key, value))
     slots, of_query, sums = query.shape[3], [], None
     for ends in _blocks(slots):
         own_normaliser, own, *own_mean = (values[:, :, :, slice(*ends)] for values in of_rows)
-        if of_query:  # one block after the other, so that the weights of one alone are held
+        if of_query:  # one block after another, so that only one block's probabilities exist
             own = once_known(own, of_query[-1][:, :, :, : own.shape[3]])
         block = _block((query, key, value, bias), *ends)
         grads = _backward_in_tiles(block, own_normaliser, own, *own_mean)
@@ -380,7 +382,7 @@ def _backward(residuals, gradient):
 
 
 def _added(sums, grads, slots):
-    """Add gradients of one more block, which cover only the first slots, to sums over blocks."""
+    """Add the gradients of another block, which cover the first slots, to the sums over blocks."""
 
     def add(grad, total=None):
         axis = 2 if grad.ndim == 4 else 1
@@ -394,7 +396,7 @@ def _added(sums, grads, slots):
 
 
 def _backward_in_tiles(arrays, *of_rows):
-    """Compute `_backward_block` with the weights of only one tile of queries held at a time."""
+    """Compute `_backward_block`, materializing probabilities for one tile of queries at a time."""
     query, key, value, bias, last = arrays
     tiles = _tiles(query, key)
     if tiles == 1:
@@ -406,7 +408,7 @@ def _backward_in_tiles(arrays, *of_rows):
         return jax.tree.map(jnp.add, sums, others), of_query
 
     sums = jax.tree.map(lambda of: jnp.zeros_like(of, jnp.float32), [key, value, bias])
-    # The padding attends to nothing, and adds nothing.
+    # Padding queries attend to no key, so their gradients are 0.
     rows = [_cut(values, tiles) for values in of_rows]
     sums, of_query = jax.lax.scan(
         tile, sums, (_cut(query, tiles), _cut(last, tiles, axis=0, fill=-1), *rows)
@@ -417,8 +419,7 @@ def _backward_in_tiles(arrays, *of_rows):
 def _backward_block(arrays, normaliser, gradient, mean=None):
     """Compute float32 gradients of queries, keys, values and bias.
 
-    `mean` is, for each query, the mean of the gradients of its weights under these weights; None
-    computes it here.
+    `mean` is each query's sum over keys of probability times gradient; None computes it here.
     """
     query, key, value, bias, last = arrays
     product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
@@ -428,7 +429,7 @@ def _backward_block(arrays, normaliser, gradient, mean=None):
         mean = (weights * of_weights).sum(axis=-1)
     slope = weights * (of_weights - mean[..., None])
     of_query = product("bgrqs,bgsk->bgrqk", slope, key)
-    # The weights second: a first factor that is contracted over its rows is transposed on a CPU.
+    # Probabilities second: on a CPU, a first factor that is contracted over rows is transposed.
     of_value = product("bgrqk,bgrqs->bgks", gradient, weights).swapaxes(-1, -2)
     of_key = product("bgrqk,bgrqs->bgks", query, slope).swapaxes(-1, -2)
     return of_query, of_key, of_value, None if bias is None else slope.sum(axis=(1, 2, 3))

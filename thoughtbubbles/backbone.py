@@ -1,7 +1,8 @@
-"""A `Thoughtbubbles` model, forking or plain, as a decoder over vectors with LoRA adapters.
+"""Wrapper that presents a `Thoughtbubbles` model as a decoder over vectors with LoRA adapters.
 
-The backbone maps vectors to hidden states and takes LoRA adapters on its linear layers. These are
-the methods that `memgen` needs of any decoder (`memgen.DecoderBackbone`).
+The backbone maps input vectors to hidden states, with or without a cache, and takes LoRA adapters
+on its linear layers. It implements the interface that `memgen` expects of any decoder
+(`memgen.DecoderBackbone`).
 """
 
 from __future__ import annotations
@@ -30,17 +31,17 @@ MLP_MAPS = ("up", "gate", "down")
 
 
 class Backbone(Module):
-    """A `Thoughtbubbles` model over vectors in place of tokens.
+    """Decoder over input vectors in place of token ids, with a `Thoughtbubbles` model's parameters.
 
-    Vectors that are appended to a row take its next positions. Decoding with a cache needs a causal
-    policy; `hidden_states` does not.
+    Vectors that are appended to a row take the row's next positions. Decoding with a cache requires
+    a causal fork policy; `hidden_states` does not.
 
     Args:
-        model: Model whose parameters are used; nothing is copied.
+        model: Model, with or without fork layers; its parameters are shared, not copied.
 
     Raises:
-        ValueError: The model forks and has `merge="probability"`, so that a token has no single
-            hidden state.
+        ValueError: The model has fork layers and `merge="probability"`, so that a token has no
+            single hidden state.
     """
 
     def __init__(self, model: ForkingDecoder):
@@ -61,7 +62,7 @@ class Backbone(Module):
 
     @property
     def lora_targets(self) -> dict[str, tuple[tuple[int, ...], int, int]]:
-        """Linear layers that take an adapter, by name: stack shape, inputs and outputs of each."""
+        """Mapping from a linear layer that takes an adapter to (stack shape, inputs, outputs)."""
         config = self.model.config
         heads, kv_heads = (n * config.head_width for n in (config.num_heads, config.kv_heads))
         embed, wide = config.embed_dim, config.mlp_width
@@ -79,10 +80,10 @@ class Backbone(Module):
 
     @property
     def lora_axes(self) -> dict[str, tuple[tuple[str, ...], str, str]]:
-        """Axis names of each layer of `lora_targets`: those of its stack, its inputs, its outputs.
+        """Mapping from each layer in `lora_targets` to logical axes: (stack axes, input, output).
 
-        Inputs or outputs that cover several axes of the weight, such as heads and head width, have
-        the name of the first axis, because a mesh splits them along it.
+        If the inputs or outputs of a layer span several axes of its kernel, such as heads and head
+        width, the name is that of the first axis, along which a mesh shards the kernel.
         """
         axes = {"q": "heads", "k": "kv_heads", "v": "kv_heads", "up": "mlp", "gate": "mlp"}
         found = {name: (("layers",), "embed", outputs) for name, outputs in axes.items()}
@@ -90,15 +91,16 @@ class Backbone(Module):
         return {name: found[name] for name in self.lora_targets}
 
     def apply_lora(self, adapter: Mapping[str, Any]) -> Backbone:
-        """Return a backbone of the same arrays with adapters added to its linear layers.
+        """Return a backbone that shares this backbone's arrays, with adapters on its linear layers.
 
         Args:
-            adapter: Adapters by names of `lora_targets`. Each is a pytree that can be called, from
-                `[..., inputs]` to `[..., outputs]`, and whose arrays begin with the stack axes.
+            adapter: Mapping from a name in `lora_targets` to an adapter: a pytree that is callable,
+                from `[..., inputs]` to `[..., outputs]`, with arrays that begin with the stack
+                axes.
 
         Raises:
-            ValueError: A name is not one of `lora_targets`, the matrices of an adapter do not fit
-                its layer, or the model has an adapter already.
+            ValueError: A name is not in `lora_targets`, an adapter's matrices do not fit its layer,
+                or the attention or MLP that the layer belongs to already has an adapter.
         """
         check_adapter(self.lora_targets, adapter)
         leaves, structure = jax.tree.flatten(self.model)
@@ -116,15 +118,15 @@ class Backbone(Module):
         return Backbone(model)
 
     def merge_lora(self, deltas: Mapping[str, jax.Array]) -> ForkingDecoder:
-        """Return the model with `deltas` added to the weights of its linear layers.
+        """Return the model with `deltas` added to the kernels of its linear layers.
 
         Args:
-            deltas: Changes of weights, `[*stack, inputs, outputs]` each, by names of
-                `lora_targets`, such as `LoRAWeights.delta`.
+            deltas: Mapping from a name in `lora_targets` to the change of the layer's kernel,
+                `[*stack, inputs, outputs]`, such as `LoRAWeights.delta`.
 
         Raises:
-            ValueError: A name is not one of `lora_targets`, a delta has another shape than its
-                layer, or the weight is in int8.
+            ValueError: A name is not in `lora_targets`, a delta does not have the shape of its
+                layer, or the kernel is int8-quantised.
         """
         check_deltas(self.lora_targets, deltas)
         leaves, structure = jax.tree.flatten(self.model)
@@ -136,7 +138,7 @@ class Backbone(Module):
                     raise ValueError(f"{name} is in int8: merge adapters first, then quantise")
                 delta = delta if index is None else delta[index]
                 delta = delta.reshape(kernel.shape).astype(kernel.dtype)
-                # Not kernel[...] = ...: that writes into NumPy arrays, which the other model
+                # Not kernel[...] = ...: that writes into NumPy arrays, which the original model
                 # shares.
                 kernel.set_value(kernel[...] + delta)
         return model
@@ -148,7 +150,7 @@ class Backbone(Module):
         return Backbone(self.model.for_decoding())
 
     def embed_tokens(self, tokens: AnyArray) -> jax.Array:
-        """Vectors `[..., D]` of token ids `[...]`; NaN for an id outside the vocabulary."""
+        """Embed token ids `[...]` as vectors `[..., D]`; NaN for an id outside the vocabulary."""
         return self.model.embed_tokens(tokens)
 
     def hidden_states(
@@ -159,19 +161,19 @@ class Backbone(Module):
         positions: jax.Array | None = None,
         visible: jax.Array | None = None,
     ) -> jax.Array:
-        """Hidden states `[B, T, D]` after the final norm.
+        """Compute hidden states `[B, T, D]` of a forward pass over vectors, after the final norm.
 
         Args:
             x: Vectors `[B, T, D]`, padded on the right.
             length: Number of real vectors in each row, `[B]` int32; all `T` by default.
-            positions: Position of each vector, `[B, T]` int32, given together with `visible` in
-                place of `length`, for rows that are not one text from left to right.
-            visible: Whether a vector (axis 1) attends to another (axis 2), `[B, T, T]` bool.
+            positions: Position of each vector, `[B, T]` int32, passed together with `visible` in
+                place of `length`, for rows that are not a single left-to-right sequence.
+            visible: Attention mask of queries (axis 1) and keys (axis 2), `[B, T, T]` bool.
 
         Raises:
             ValueError: The vectors are not `[B, T, D]`, a length is not from 0 to `T`, only one of
-                `positions` and `visible` is given, or both are given to a model with fork layers or
-                copies.
+                `positions` and `visible` is given, or the model has fork layers or copies and
+                `positions` and `visible` are given.
         """
         check_vectors(x, self.embed_dim, "a decoder")
         x = x.astype(self.model.config.dtype)
@@ -182,23 +184,23 @@ class Backbone(Module):
         return self._read_where(x, positions, visible)
 
     def branch_states(self, prefix: jax.Array, length: jax.Array, x: jax.Array) -> jax.Array:
-        """Hidden states of several continuations of each row, which share one pass over its prefix.
+        """Compute hidden states of several continuations of each prefix in one forward pass.
 
-        Up to rounding, values and gradients are those of `hidden_states` on rows of a prefix and
-        one continuation behind it.
+        The pass processes each prefix once. Up to rounding, values and gradients are the same as
+        from `hidden_states` on rows that consist of a prefix and one continuation.
 
         Args:
-            prefix: Vectors `[B, P, D]` of the beginnings of rows, padded on the right; `P` is 1 or
-                more.
-            length: Number of real vectors of each prefix, `[B]` int32.
-            x: Vectors `[B, N, C, D]` of `N` continuations of each row, padded on the right.
+            prefix: Vectors `[B, P, D]` of the `P` >= 1 prefix positions, padded on the right.
+            length: Number of real vectors in each prefix, `[B]` int32.
+            x: Vectors `[B, N, C, D]` of `N` continuations of each prefix with `C` positions each,
+                padded on the right.
 
         Returns:
             Hidden states `[B, N, C, D]` of the continuations, after the final norm.
 
         Raises:
-            ValueError: The model has fork layers or copies, `P` is 0, or lengths are not integers,
-                one for each row.
+            ValueError: The model has fork layers or copies, `P` is 0, or `length` is not one
+                integer per row.
         """
         rows, count, size, width = x.shape
         shared = prefix.shape[1]
@@ -214,37 +216,42 @@ class Backbone(Module):
         return hidden[:, shared:].reshape(x.shape)
 
     def unembed(self, hidden: jax.Array) -> jax.Array:
-        """Hidden states `[..., D]` to logits `[..., V]` float32."""
+        """Compute logits `[..., V]` float32 from hidden states `[..., D]`."""
         return self.model.unembed(hidden)
 
     def init_cache(self, batch: int, max_len: int) -> Cache:
-        """Return an empty cache for `batch` rows of up to `max_len` vectors.
+        """Return an empty cache.
+
+        Args:
+            batch: Number of rows (batch elements).
+            max_len: Maximum number of input vectors (positions) in a row.
 
         Raises:
-            ValueError: The model's policy is not causal or has no methods for a cache
-                (`CausalPolicy`), or a size is below 1.
+            ValueError: The model's fork policy is not causal or lacks the cache methods of
+                `CausalPolicy`, or a size is below 1.
         """
         return init_cache(self.model, batch, max_len)
 
     def extend(
         self, cache: Cache, x: jax.Array, length: AnyArray, *, fresh: bool = False
     ) -> tuple[jax.Array, Cache]:
-        """Append vectors to the rows of a cache and return their hidden states.
+        """Append vectors to the rows of a cache and return the hidden states of these vectors.
 
-        Any split of a row into calls gives the hidden states of one call of `hidden_states`.
+        Processing a sequence in chunks, however it is split, gives the same hidden states as one
+        call of `hidden_states` over the whole sequence.
 
         Args:
-            cache: Cache that `init_cache` or `extend` returned.
-            x: Vectors `[B, C, D]`, padded on the right.
-            length: Number of real vectors in each row, `[B]` int32; 0 leaves a row as it is.
-            fresh: Static promise that the cache is empty.
+            cache: Cache that `init_cache` or `extend` returned; it is neither modified nor donated.
+            x: Next `C` vectors of each row, `[B, C, D]`, padded on the right.
+            length: Number of real vectors in each row, `[B]` int32; 0 leaves a row unchanged.
+            fresh: Whether the cache is known to be empty (static), which allows a faster prefill.
 
         Returns:
             Hidden states `[B, C, D]`, NaN for a row that outgrows the cache, and the new cache.
 
         Raises:
-            ValueError: The vectors are not `[B, C, D]`, the lengths are not integers, one for each
-                row, or the cache was made for another config or number of rows.
+            ValueError: The vectors are not `[B, C, D]`, `length` is not one integer per row, or the
+                cache was made for another config or number of rows.
         """
         check_vectors(x, self.embed_dim, "a decoder")
         x = x.astype(self.model.config.dtype)
@@ -253,28 +260,28 @@ class Backbone(Module):
 
     @property
     def can_forget(self) -> bool:
-        """Whether `extend_keeping` can be used: only without fork layers, which keep all tokens."""
+        """Whether `extend_keeping` is supported: fork layers can't drop tokens from their state."""
         return not self.model.config.fork_layers
 
     def extend_keeping(
         self, cache: Cache, x: jax.Array, length: AnyArray, kept: AnyArray
     ) -> tuple[jax.Array, Cache]:
-        """Append vectors to the rows of a cache, and keep only the first of them in the new cache.
+        """Append vectors to the rows of a cache, but keep only the first `kept` in the new cache.
 
-        One call can thus read text and, behind it, vectors that the cache must not hold, such as a
-        weaver's queries.
+        One forward pass can thus process text and, after the text, vectors that must not stay in
+        the cache, such as a weaver's queries.
 
         Args:
-            cache: Cache that `init_cache` or `extend` returned.
-            x: Vectors `[B, C, D]`, padded on the right.
+            cache: Cache that `init_cache` or `extend` returned; it is neither modified nor donated.
+            x: Next `C` vectors of each row, `[B, C, D]`, padded on the right.
             length: Number of real vectors in each row, `[B]` int32.
-            kept: Number of leading vectors of `x` that stay in the cache, `[B]` int32.
+            kept: Number of leading vectors in each row of `x` that stay in the cache, `[B]` int32.
 
         Returns:
             Hidden states `[B, C, D]` of all vectors, and the new cache.
 
         Raises:
-            ValueError: The model has fork layers, or `extend` would raise one.
+            ValueError: The model has fork layers, or `extend` raises a ValueError.
         """
         if not self.can_forget:
             raise ValueError(
@@ -292,7 +299,7 @@ class Backbone(Module):
         return self._read_by(mix, x, positions)
 
     def _read_by(self, mix, x, positions):
-        """Hidden states of vectors at given positions, with the attention `mix`."""
+        """Compute hidden states of vectors at given positions, with `mix` as the attention."""
         config = self.model.config
         if config.fork_layers or config.copies > 1:
             raise ValueError(
@@ -307,7 +314,7 @@ class Backbone(Module):
 
 
 def _blocks_of(model: ForkingDecoder) -> list[tuple[Block, int | None]]:
-    """Modules that hold the blocks' weights: the stack and None, or each block and its index."""
+    """Return the modules with the blocks' parameters: the stack and None, or blocks and indices."""
     if model.unstacked is not None:
         return [(block, layer) for layer, block in enumerate(model.unstacked)]
     assert model.blocks is not None  # one of the two forms

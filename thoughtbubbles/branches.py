@@ -1,4 +1,4 @@
-"""Attention over rows that hold a prefix and several continuations of it, called branches."""
+"""Attention in rows that contain a prefix and several continuations of the prefix (branches)."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
 LARGEST_BRANCHES = 2**28
-"""Bytes of float32 attention weights of branches, over all devices, above which `attend_branches`
-computes them for some slots of every branch at a time."""
+"""Bytes of float32 attention probabilities of branches, over all devices, above which
+`attend_branches` processes the queries of the branches in several parts."""
 
 
 def attend_branches(
@@ -28,22 +28,23 @@ def attend_branches(
     length: Int[Array, " B"],
     branches: tuple[int, int],
 ) -> Float[Array, "B S H K"]:
-    """Causal attention in rows of a prefix and several branches, each of which continues it.
+    """Compute causal attention in rows of a prefix and several branches that continue the prefix.
 
-    A row holds the slots of its prefix, then those of branch 0, of branch 1 and so on. A slot of a
-    branch attends to the real slots of the prefix, which is not copied for each branch, and to its
-    own branch up to itself. If the attention weights of all branches have more than
-    `attention.LARGEST_WEIGHTS` bytes, the backward pass computes them again. If they have more than
-    `LARGEST_BRANCHES` bytes, they are computed for some slots of every branch at a time.
+    A row consists of the slots of the prefix, then the slots of branch 0, of branch 1 and so on. A
+    slot of a branch attends to the real slots of the prefix, which is not copied for each branch,
+    and to the slots of the same branch up to itself. If the attention probabilities of all branches
+    have more than `attention.LARGEST_WEIGHTS` bytes, the backward pass recomputes them. If the
+    probabilities have more than `LARGEST_BRANCHES` bytes, the queries of the branches are processed
+    in several parts, each with some slots of every branch.
 
     Args:
-        query: Rotated queries.
-        key: Rotated keys.
-        value: Values.
-        length: Number of real slots of each prefix, which come first; no branch attends to its
-            other slots.
-        branches: Number `N` of branches of a row, and number `C` of slots of each branch. The
-            prefix has the other `S - N C` slots.
+        query: Queries of `H` heads with RoPE applied.
+        key: Keys of `G` heads with RoPE applied, where `G` divides `H` (grouped-query attention).
+        value: Values of `G` heads.
+        length: Number of real slots of each prefix; its later slots are padding, to which no branch
+            attends.
+        branches: Number `N` of branches in a row, and number `C` of slots of each branch. The
+            prefix has the remaining `S - N C` slots.
     """
     batch, slots, heads, _ = query.shape
     count, size = branches
@@ -69,10 +70,10 @@ def attend_branches(
 
 
 def _attend_branches(query, key, value, own_key, own_value, known, first):
-    """Attention of some slots of branches, from slot `first` on, to the prefix and to their branch.
+    """Compute attention of slots `first` to `first + Q - 1` of each branch.
 
-    The queries are `[B, G, H/G, N, Q, K]`, keys and values of the prefix `[B, G, P, K]`, of which
-    `known [B, P]` are real, and keys and values of the branches `[B, G, N, C, K]`.
+    Queries are `[B, G, H/G, N, Q, K]`; keys and values of the prefix are `[B, G, P, K]`, and
+    `known [B, P]` marks real prefix slots; keys and values of the branches are `[B, G, N, C, K]`.
     """
     product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
     logits = jnp.where(known[:, None, None, None, None],
@@ -91,7 +92,7 @@ def _attend_branches(query, key, value, own_key, own_value, known, first):
 
 
 def _known_once(run):
-    """Make a function of queries and other arrays recompute its results in the backward pass."""
+    """Wrap a function of queries and other arrays to be recomputed in its backward pass."""
 
     def backward(arrays, gradient):
         query, *others = arrays

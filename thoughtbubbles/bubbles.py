@@ -1,4 +1,4 @@
-"""Bubble maps: where a model forked in a text, as arrays, terminal text, figure and web page."""
+"""Bubble maps: where a model forked in a text, as arrays, terminal text, figure or web page."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ READABLE = 70  # largest number of tokens whose counts are written into a figure
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class BubbleMap(ShortRepr):
-    """Number and mean score of the streams of each token of a text; Jupyter shows its `page`.
+    """Number and mean score of each token's streams in each block; Jupyter shows the `page`.
 
     Attributes:
         streams: `[num_layers, T]` int32, number of live streams of each token in each block.
-        score: `[num_layers, T]` float32, mean cumulative score p of these streams; 0 for a token
-            without live streams.
+        score: `[num_layers, T]` float32, mean cumulative score p of the token's live streams; 0
+            for a token without live streams.
         tokens: Text of each token.
-        fork_layers: Indices of the blocks with a fork layer in front.
+        fork_layers: Indices of the blocks that a fork layer precedes.
     """
 
     streams: np.ndarray
@@ -49,12 +49,12 @@ class BubbleMap(ShortRepr):
         score: Sequence[np.ndarray] | np.ndarray,
         tokens: Sequence[str],
     ) -> BubbleMap:
-        """Make the map of a text from its streams after each fork layer (see `Generation`).
+        """Make the map of a text from its stream counts after each fork layer (see `Generation`).
 
         Args:
             config: Config of the model, with `F` fork layers.
             streams: `[F, T]` int32, number of live streams of each token after each fork layer.
-            score: `[F, T]` float32, mean cumulative score p of these streams.
+            score: `[F, T]` float32, mean cumulative score p of the token's live streams.
             tokens: Text of each token.
         """
         before = np.searchsorted(config.fork_layers, np.arange(config.num_layers), side="right")
@@ -65,7 +65,7 @@ class BubbleMap(ShortRepr):
         return cls(streams[before], score[before], tuple(tokens), config.fork_layers)
 
     def text(self, width: int = 100) -> str:
-        """Render the map for a terminal: below each token, its streams after each fork layer.
+        """Render the map for a terminal: below each token, its stream counts after fork layers.
 
         Args:
             width: Number of columns at which lines are wrapped.
@@ -89,9 +89,9 @@ class BubbleMap(ShortRepr):
         return "\n".join(lines)
 
     def page(self) -> Page:
-        """Render the map in HTML: above each token its streams, with their scores as tooltips.
+        """Render the map in HTML: each token with its streams above, and scores as tooltips.
 
-        `page().save("map.html")` writes a page that needs no other file.
+        `page().save("map.html")` writes a self-contained page.
         """
         return map_page(self.streams, self.score, self.tokens, self.fork_layers)
 
@@ -99,10 +99,10 @@ class BubbleMap(ShortRepr):
         return self.page()._repr_html_()
 
     def figure(self, title: str = "Streams of each token, and their scores") -> Figure:
-        """Draw two heat maps, block by token: number of streams and mean score. Needs matplotlib.
+        """Draw number and mean score of streams as two heat maps, block by token (matplotlib).
 
         Args:
-            title: Title of the figure, such as the model and its policy.
+            title: Title of the figure, such as the names of the model and of its policy.
         """
         from matplotlib import colormaps
         from matplotlib.figure import Figure
@@ -166,8 +166,8 @@ def bubbles_of(streams: Streams) -> tuple[jax.Array, jax.Array]:
     """Count the live streams of each token, and average their scores.
 
     Returns:
-        Number of live streams, `[B, T]` int32, and their mean score p, `[B, T]` float32, which is 0
-        for a token without live streams.
+        Number of live streams, `[B, T]` int32, and mean score p of the live streams, `[B, T]`
+        float32; both are 0 for a token without live streams.
     """
     members = membership(streams)
     count = members.sum(axis=2, dtype=jnp.int32)
@@ -181,6 +181,6 @@ def _trace(model: ForkingDecoder, ids: jax.Array) -> list[tuple[jax.Array, jax.A
 
 
 def visible_text(token: str) -> str:
-    """A token's text as one line of printable characters."""
+    """Return a token's text as one line of printable characters."""
     token = token.replace("\n", "⏎").replace("\t", "⇥").replace("\r", "␍")
     return "".join(char if char.isprintable() else "·" for char in token) or "·"

@@ -1,7 +1,8 @@
-"""Cached decoding: keys, values and policy states of the tokens so far, and their extension.
+"""Cached decoding: keys, values and policy states of the tokens so far, and functions to extend it.
 
-A causal policy's decision about a token is final. So keys and values are only ever appended, and
-any split of a row into chunks gives the logits of the teacher-forced pass, up to float noise.
+A causal policy's decision about a token is final. So keys and values are only appended, and
+processing a sequence in chunks, however it is split, gives the logits of one teacher-forced forward
+pass, up to rounding.
 """
 
 from __future__ import annotations
@@ -37,15 +38,17 @@ if TYPE_CHECKING:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, repr=False)
 class KVSegment(ShortRepr):
-    """Keys and values of the blocks between two fork layers, live streams first.
+    """KV cache of the blocks between two fork layers; all these blocks use the same slots.
 
-    `N` is the capacity of a row in slots; unused slots come last and are never attended to.
+    A row has `N` slots. Live streams fill the first slots; the unused slots after them are never
+    attended to. `G` is the number of key heads.
 
     Attributes:
-        key: `[B, G, N, K]` rotated keys, one array for each block.
-        value: `[B, G, N, K]` values, scaled by the scores, one array for each block.
-        bias: `[B, N]` float32 bias of each key; None before the first fork layer or without
-            `ModelConfig.key_bias`.
+        key: Keys with RoPE applied, one array `[B, G, N, K]` for each block.
+        value: Values, multiplied by scores if the config scales values, one array `[B, G, N, K]`
+            for each block.
+        bias: `[B, N]` float32 bias of each key in the attention logits; None before the first fork
+            layer or without `ModelConfig.key_bias`.
     """
 
     key: tuple[jax.Array, ...]
@@ -56,12 +59,12 @@ class KVSegment(ShortRepr):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, repr=False)
 class Trace(ShortRepr):
-    """Streams of each token so far, counted after each of the `F` fork layers.
+    """Number and mean score of each token's streams after each of the `F` fork layers.
 
     Attributes:
         streams: `[B, F, max_tokens]` int32, number of live streams of each token.
-        score: `[B, F, max_tokens]` float32, mean cumulative score p of these streams; 0 for a token
-            without live streams.
+        score: `[B, F, max_tokens]` float32, mean cumulative score p of the token's live streams; 0
+            for a token without live streams.
     """
 
     streams: jax.Array
@@ -71,11 +74,11 @@ class Trace(ShortRepr):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, repr=False)
 class Cache(ShortRepr):
-    """State of a causal model after the tokens so far; axis 0 of every array indexes the rows.
+    """State of a causal model after the tokens so far; axis 0 of every array is the batch.
 
     Attributes:
         length: `[B]` int32, number of tokens of each row.
-        groups: Keys and values of each group of blocks between fork layers (`ModelConfig.groups`).
+        groups: KV cache of each group of blocks between fork layers (`ModelConfig.groups`).
         forks: State of each fork layer.
         trace: Number and mean score of the streams of each token so far.
         max_tokens: Maximum number of tokens in a row.
@@ -91,7 +94,7 @@ class Cache(ShortRepr):
 
     @property
     def streams(self) -> Int[Array, " B"]:
-        """Number of live streams of each row after the last block."""
+        """Number of live streams of each row in the last block, int32."""
         return self.forks[-1].used if self.forks else self.length * self.config.copies
 
 
@@ -99,12 +102,12 @@ def init_cache(model: ForkingDecoder, batch: int, max_tokens: int) -> Cache:
     """Return an empty cache.
 
     Args:
-        model: Model whose policy is causal.
-        batch: Number of rows.
+        model: Model whose fork policy is causal.
+        batch: Number of rows (batch elements).
         max_tokens: Maximum number of tokens in a row.
 
     Raises:
-        ValueError: The model's policy is not causal or has no methods for a cache (`CausalPolicy`),
+        ValueError: The model's policy is not causal or lacks the cache methods of `CausalPolicy`,
             or a size is below 1.
     """
     config = model.config
@@ -128,7 +131,7 @@ def _empty_segment(
     config: ModelConfig, batch: int, slots: int, blocks: int, has_bias: bool
 ) -> KVSegment:
     shape = (batch, config.kv_heads, slots, config.head_width)
-    # A buffer for each block: an array that occurs twice could not be donated.
+    # One buffer for each block, because an array that occurs twice could not be donated.
     key, value = (tuple(jnp.zeros(shape, config.dtype) for _ in range(blocks)) for _ in range(2))
     bias = jnp.zeros((batch, slots)) if has_bias else None
     return KVSegment(key, value, bias)
@@ -140,21 +143,21 @@ def extend(
     tokens: Int[AnyArray, "B C"],
     length: Int[AnyArray, " B"] | None = None,
 ) -> tuple[Streams, Cache]:
-    """Run the model over the next tokens of each row.
+    """Run the model over the next `C` tokens of each row, and append these tokens to the cache.
 
-    Any split of a row into calls gives the same streams, up to float noise. Under `jit`, where
-    lengths are unknown, a row that outgrows the cache raises no error: its streams become NaN, in
-    all later calls too.
+    Processing a sequence in chunks, however it is split, gives the same streams, up to rounding.
+    Under `jit`, where lengths are unknown, a row that outgrows the cache raises no error, but its
+    streams become NaN in this and in all later calls.
 
     Args:
         model: Model that the cache was made for.
         cache: Cache of the tokens so far.
         tokens: Token ids, padded on the right.
-        length: Number of real tokens of each row; all `C` by default. 0 leaves a row as it is.
+        length: Number of real tokens of each row; all `C` by default; 0 leaves a row unchanged.
 
     Returns:
-        The streams of these tokens after the last block, in which token 0 is the first of `tokens`,
-        and the cache after them.
+        The streams of the new tokens after the last block, in which token 0 is the first of
+        `tokens`, and the new cache.
 
     Raises:
         ValueError: The cache was made for another config or policy or is too small, or tokens or
@@ -169,10 +172,10 @@ def prefill(
     tokens: Int[AnyArray, "B C"],
     length: Int[AnyArray, " B"] | None = None,
 ) -> tuple[Float[Array, "B V"], Cache]:
-    """Run the model over prompts, into an empty cache.
+    """Run the model over prompts of up to `C` tokens and fill an empty cache.
 
-    The new cache is that of `extend`. It is computed faster, because the prompt's streams attend to
-    each other (`Block.attend`) and not over the cache.
+    The new cache is the same as from `extend`, but is computed faster, because the streams of a
+    prompt attend to each other (`Block.attend`) instead of to the cache.
 
     Args:
         model: Model that the cache was made for.
@@ -182,11 +185,11 @@ def prefill(
 
     Returns:
         Float32 logits after each row's last token (zeros for a row of length 0), and the
-        cache after it.
+        new cache.
 
     Raises:
         ValueError: A row of the cache is not empty (under `jit` its logits are NaN instead), or
-            `extend` would raise one.
+            `extend` raises a ValueError.
     """
     streams, cache = _checked(model, cache, tokens, length, fresh=True)
     return _last_logits(model, streams), cache
@@ -200,20 +203,21 @@ def decode_step(
 ) -> tuple[Float[Array, "B V"], Cache]:
     """Run the model over one more token of each row.
 
-    Each call copies the weights out of their stack of layers; in a loop under one `jit` that
-    happens once.
+    Each call copies the parameters of all blocks out of their stack (unless `for_decoding` has
+    unstacked the model); a loop under one `jit` copies the parameters only once.
 
     Args:
         model: Model that the cache was made for.
         cache: Cache of the tokens so far.
         token: Token id of each row.
-        active: Whether a row gets its token; other rows stay as they are. All rows by default.
+        active: Whether each row is extended by its token; inactive rows stay unchanged. All rows
+            are active by default.
 
     Returns:
-        Float32 logits after the token (zeros for inactive rows), and the cache after it.
+        Float32 logits after the token (zeros for inactive rows), and the new cache.
 
     Raises:
-        ValueError: `extend` would raise one.
+        ValueError: `extend` raises a ValueError.
     """
     length = None if active is None else active.astype(jnp.int32)
     streams, cache = _checked(model, cache, token[:, None], length, fresh=False)
@@ -221,7 +225,7 @@ def decode_step(
 
 
 def _checked(model, cache, tokens, length, fresh) -> tuple[Streams, Cache]:
-    """Check shapes, and lengths unless `jit` traces them, then compute `_extend`."""
+    """Check shapes, and lengths that are not traced by `jit`, and then call `_extend`."""
     _check_cache(model, cache)
     if tokens.ndim != 2 or tokens.shape[0] != cache.length.shape[0]:
         raise ValueError(
@@ -272,7 +276,7 @@ def _extend(model, cache, tokens, length, fresh):
 @jax.jit
 def _last_logits(model: ForkingDecoder, streams: Streams) -> jax.Array:
     logits = model.logits_at(streams, streams.length - 1)
-    empty = jnp.where(streams.length < 0, jnp.nan, 0.0)  # below 0: a mistake of the caller
+    empty = jnp.where(streams.length < 0, jnp.nan, 0.0)  # below 0: an invalid length
     return jnp.where(streams.length[:, None] > 0, logits, empty[:, None])
 
 
@@ -284,25 +288,25 @@ def advance(
     length: Int[AnyArray, " B"],
     fresh: bool = False,
 ) -> tuple[Streams, Cache]:
-    """Run the model over residuals of the next tokens, as `extend` does over tokens.
+    """Run the model over the next `C` vectors of each row, as `extend` does over token ids.
 
-    A wrong length, or a row that outgrows the cache, makes the row's streams NaN and raises no
-    error, under `jit` or not.
+    A row whose length is invalid or that outgrows the cache raises no error, under `jit` or not,
+    but its streams become NaN.
 
     Args:
         model: Model that the cache was made for.
-        layers: Blocks of the model, taken out of their stack once (`model.layers()`).
+        layers: Blocks of the model, unstacked (`model.layers()`).
         cache: Cache of the tokens so far.
-        x: Residuals of the next tokens, padded on the right.
-        length: Number of real tokens of each row.
-        fresh: Static promise that the cache is empty, which makes the pass faster.
+        x: Input residuals, such as embedded tokens, padded on the right.
+        length: Number of real vectors of each row.
+        fresh: Whether the cache is known to be empty (static), which allows a faster pass.
 
     Returns:
-        The streams of these tokens after the last block, and the cache after them.
+        The streams of the new vectors after the last block, and the new cache.
 
     Raises:
-        ValueError: The cache was made for another config or number of rows, or the lengths are not
-            integers, one for each row.
+        ValueError: The cache was made for another config or number of rows, or `length` is not one
+            integer per row.
     """
     _check_cache(model, cache)
     if x.shape[0] != cache.length.shape[0]:
@@ -317,7 +321,7 @@ def advance(
     if fresh:
         wrong |= cache.length > 0
     x = jnp.where(wrong[:, None, None], jnp.nan, x)
-    # A wrong row stays wrong: its policy states can't be trusted from here on either.
+    # A wrong row stays wrong, because the policy states of the row are no longer valid.
     after = jnp.where(wrong, cache.max_tokens + 1, after)
     streams = Streams.start(x, length, config.copies, cache.length)
     slots = token_slots(streams, cache.max_tokens)
@@ -340,14 +344,13 @@ def advance(
 
 
 def keep_first(before: Cache, after: Cache, kept: Int[Array, " B"]) -> Cache:
-    """Return the cache after an extension with only the first `kept` new tokens of each row.
+    """Roll a cache back to the first `kept` new tokens of each row, freeing all later slots.
 
-    The slots of the others are free again. Only for models without fork layers: the state of a
-    policy can't forget a token.
+    Only models without fork layers support this, because a policy state can't drop a token.
 
     Args:
-        before: Cache before the extension.
-        after: Cache after the extension.
+        before: Cache before the new tokens.
+        after: Cache after the new tokens.
         kept: Number of new tokens that each row keeps.
     """
     assert not after.forks  # `Backbone.can_forget`
@@ -365,19 +368,19 @@ def _run_group(
     max_tokens: int,
     fresh: bool,
 ) -> tuple[Streams, KVSegment]:
-    """Run the blocks of a group on new streams, which attend to each other and to cached ones.
+    """Run the blocks of a group on new streams, which attend to new and to cached streams.
 
     Args:
         streams: New streams.
-        slots: Slots that they take.
+        slots: Cache slots of the new streams.
         blocks: Each block with its entry of `ModelConfig.rotary_layers`.
         group: Keys and values of the earlier streams.
         config: Config of the model.
-        max_tokens: Number of tokens that fit into a row.
-        fresh: Static promise that there are no earlier streams.
+        max_tokens: Maximum number of tokens in a row.
+        fresh: Whether there are known to be no earlier streams (static).
 
     Returns:
-        The streams after the blocks, and keys and values of all streams.
+        The streams after the blocks, and the keys and values of all streams.
     """
     if not blocks:
         return streams, group
@@ -401,7 +404,7 @@ def _run_group(
 def _attend_over_cache(
     bias, before, alive, key_cache, value_cache, query, key, value
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    """Append new keys and values to a block's cache and attend over it; also return the cache."""
+    """Append keys and values to a block's KV cache; return attention over it, and the cache."""
     key_cache = _append_heads_first(key_cache, key, before, alive)
     value_cache = _append_heads_first(value_cache, value, before, alive)
     count = alive.sum(axis=1, dtype=jnp.int32)
@@ -412,20 +415,20 @@ def _attend_over_cache(
 def _attend_and_store(
     attend, bias, key_cache, value_cache, query, key, value
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    """Attend among the new streams alone; also store their keys and values in an empty cache."""
+    """Return attention among new streams only, and a KV cache of their keys and values."""
     mixed = attend(query, key, value, bias)
     key_cache = _into(key_cache, key.swapaxes(1, 2), 2)
     return mixed, (key_cache, _into(value_cache, value.swapaxes(1, 2), 2))
 
 
 def _into(stored: jax.Array, new: jax.Array, axis: int) -> jax.Array:
-    """Overwrite the first entries of `stored` along the axis by `new`; what does not fit is cut."""
+    """Overwrite the first entries of `stored` along an axis with the entries of `new` that fit."""
     new = jax.lax.slice_in_dim(new, 0, min(new.shape[axis], stored.shape[axis]), axis=axis)
     return jax.lax.dynamic_update_slice_in_dim(stored, new.astype(stored.dtype), 0, axis)
 
 
 def _append_heads_first(stored, new, used, valid):
-    """Append new entries `[B, S, G, K]` to `stored [B, G, N, K]`, as `policies.append` does."""
+    """Append valid entries of `new [B, S, G, K]` to the `used` slots of `stored [B, G, N, K]`."""
 
     def write(row, entries, start, mask):
         index = jnp.where(mask, start + jnp.arange(mask.shape[0]), row.shape[1])
@@ -435,7 +438,7 @@ def _append_heads_first(stored, new, used, valid):
 
 
 def _record_bubbles(trace: Trace, fork: int, streams: Streams) -> Trace:
-    """Write number and score of the streams of new tokens after fork layer `fork` to the trace."""
+    """Write number and mean score of new tokens' streams after fork layer `fork` to the trace."""
     streams_of, score_of = bubbles_of(streams)
     real = jnp.arange(streams.num_tokens)[None] < streams.length[:, None]
     counts = append(trace.streams[:, fork], streams_of, streams.first, real)

@@ -1,4 +1,4 @@
-"""Copies of frozen dataclasses and of named presets with some fields changed."""
+"""Copy frozen dataclasses, and named presets, with some fields changed."""
 
 import dataclasses
 import difflib
@@ -7,14 +7,14 @@ from typing import Any
 
 
 def replaced(value: Any, changes: Mapping[str, Any]) -> Any:
-    """Copy a dataclass with changed fields; the error for a misspelt field suggests the nearest.
+    """Copy a dataclass instance with some fields changed.
 
     Args:
         value: Instance of a dataclass.
-        changes: New values by name of a field.
+        changes: Mapping from the name of a field to its new value.
 
     Raises:
-        TypeError: A name in `changes` is not a field of the dataclass.
+        TypeError: A name in `changes` is not a field; the message suggests the most similar field.
     """
     fields = [field.name for field in dataclasses.fields(value)]
     for name in changes:
@@ -25,7 +25,12 @@ def replaced(value: Any, changes: Mapping[str, Any]) -> Any:
 
 
 def preset_of(presets: Mapping[str, Any], name: str, changes: Mapping[str, Any]) -> Any:
-    """Return a preset by its name, with changed fields.
+    """Return the preset of a given name with some fields changed.
+
+    Args:
+        presets: Mapping from the name of a preset to a dataclass instance.
+        name: Name of the preset.
+        changes: Mapping from the name of a field to its new value.
 
     Raises:
         ValueError: There is no preset of that name.

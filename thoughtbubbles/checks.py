@@ -1,4 +1,4 @@
-"""Checks of arguments: a wrong one is one line that names both values and the way out."""
+"""Checks of arguments; an error is one line with the given and expected value and a remedy."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def check_config(config: Any, kind: type) -> None:
 
 
 def check_fields(config: Any) -> None:
-    """Raise a ValueError if an int, float or tuple field of a dataclass holds another type."""
+    """Raise a ValueError if the value of an int, float or tuple field has another type."""
     for name, kinds in _kinds(type(config)).items():
         value = getattr(config, name)
         if value is None and type(None) in kinds:
@@ -48,10 +48,11 @@ def check_fields(config: Any) -> None:
 
 @functools.cache
 def _kinds(config: type) -> dict[str, tuple[Any, ...]]:
-    """Types of each field of a dataclass: one type and possibly None's; `tuple` for integers.
+    """Return a dict from a dataclass's fields to the types in their annotations.
 
-    Fields of several types are left out. The dict is empty if an annotation can't be evaluated,
-    because it uses names that only type checkers know.
+    A field has one type, and possibly None's type; `tuple[int, ...]` is given as `tuple`. Fields of
+    several types are left out. The dict is empty if an annotation can't be evaluated, because the
+    annotation uses names that only type checkers know.
     """
     try:
         hints = typing.get_type_hints(config)
@@ -102,7 +103,7 @@ def check_integers(tokens: Any) -> None:
 
 
 def _array(values: Any) -> Any:
-    """Return values as an array; raise a ValueError for ragged lists."""
+    """Return token ids as an array; raise a ValueError for ragged lists."""
     if hasattr(values, "dtype"):
         return values
     try:
@@ -140,7 +141,7 @@ def check_sizes(**sizes: Any) -> None:
 
 
 def check_lengths(length: Any, rows: int) -> None:
-    """Raise a ValueError unless `length` is `[rows]` or a scalar, of integers."""
+    """Raise a ValueError unless `length` is an integer or an integer array `[rows]`."""
     length = length if hasattr(length, "dtype") else np.asarray(length)
     shape, dtype = length.shape, length.dtype
     if shape not in ((), (rows,)):
@@ -150,14 +151,14 @@ def check_lengths(length: Any, rows: int) -> None:
 
 
 def checked_lengths(length: Any, x: Any) -> jax.Array:
-    """Return `length` checked, as `[B]` int32, for vectors `x [B, T, D]`; None means `T`."""
+    """Check and return lengths of rows of vectors `x [B, T, D]` as `[B]` int32; None means `T`."""
     if length is not None:
         check_lengths(length, x.shape[0])
     return broadcast_beside(x.shape[1] if length is None else length, x, 1)
 
 
 def check_vectors(x: Any, embed_dim: int, reader: str) -> None:
-    """Raise a ValueError unless `x` is `[batch, tokens, embed_dim]` of floats."""
+    """Raise a ValueError unless `x` is a float array `[batch, tokens, embed_dim]`."""
     if jnp.ndim(x) != 3:
         raise ValueError(f"vectors of shape {jnp.shape(x)}: give [batch, tokens, width]")
     if not jnp.issubdtype(x.dtype, jnp.floating):
@@ -170,7 +171,7 @@ def check_vectors(x: Any, embed_dim: int, reader: str) -> None:
 
 
 def check_targets(targets: Any, shape: tuple[int, ...]) -> None:
-    """Raise a ValueError unless `targets` are integers of the predictions' `shape`."""
+    """Raise a ValueError unless `targets` are integers with the predictions' `shape`."""
     if jnp.shape(targets) != shape:
         raise ValueError(
             f"targets of shape {jnp.shape(targets)} for predictions of shape {shape}: give one id "
@@ -180,7 +181,7 @@ def check_targets(targets: Any, shape: tuple[int, ...]) -> None:
 
 
 def check_adapter(targets: Mapping[str, Any], adapter: Any) -> None:
-    """Raise a ValueError unless each part of an adapter names a linear layer and has its shape."""
+    """Raise a ValueError unless each adapter names a linear layer and fits the layer's shape."""
     check_by_name("adapter", adapter)
     for name, low in adapter.items():
         if name not in targets:
@@ -197,8 +198,8 @@ def wrong_matrices(low: Any, target: Any) -> tuple[int, ...] | None:
     """Return the shape of an adapter's product `a b` if it does not fit its layer, else None.
 
     An adapter without matrices `a` and `b` is an arbitrary callable and always fits. A product with
-    more axes than the layer's kernel may hold a matrix for each row: only its last two axes must
-    match.
+    more axes than the layer's kernel may hold a separate matrix for each batch element: then only
+    the last two axes of the product must match the layer.
 
     Args:
         low: Adapter, with or without matrices `a [..., inputs, rank]` and `b [..., rank, outputs]`.
@@ -213,7 +214,7 @@ def wrong_matrices(low: Any, target: Any) -> tuple[int, ...] | None:
 
 
 def check_by_name(name: str, values: Any) -> None:
-    """Raise a ValueError unless `values` is a mapping, from names of linear layers to values."""
+    """Raise a ValueError unless `values` is a mapping (from names of linear layers)."""
     if not hasattr(values, "items"):
         raise ValueError(
             f"{name} is a {type(values).__name__}: give a mapping from names of linear layers"
@@ -235,7 +236,7 @@ def check_deltas(targets: Mapping[str, Any], deltas: Mapping[str, Any]) -> None:
 
 
 def check_floating(name: str, dtype: Any) -> None:
-    """Raise a ValueError unless `dtype` is a floating type: integers would round values to 0."""
+    """Raise a ValueError unless `dtype` is floating-point; integers would round values to 0."""
     try:
         dtype = jnp.dtype(dtype)
     except TypeError:

@@ -1,4 +1,4 @@
-"""ModelConfig: sizes, ablations, presets, parameter and FLOP counts."""
+"""Config of `Thoughtbubbles` models: sizes, ablations, presets, parameter and FLOP counts."""
 
 import dataclasses
 import math
@@ -25,29 +25,30 @@ from thoughtbubbles.positions import RopeScaling
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig(ArchitectureConfig):
-    """A decoder, with or without fork layers.
+    """Config of a `Thoughtbubbles` decoder, with or without fork layers (arXiv 2510.00219).
 
     Sizes: `vocab_size` V, `embed_dim` D, `num_heads` H, `num_kv_heads` G (default H), `head_dim` K
-    (default D / H), `mlp_dim` F (default 4 D). `biases="all"` gives a bias to every linear map of
-    attention and MLP and to every LayerNorm, `"qkv"` only to the maps to queries, keys and values.
-    `rope_scaling` stretches rotary positions to longer contexts; the blocks in `nope_layers`
-    (0-based) have no rotary positions. `context_length` is the number of tokens that pretrained
-    weights are meant for; longer texts are not truncated.
+    (default D / H), `mlp_dim` F (default 4 D). `biases="all"` gives a bias to every linear layer of
+    attention and MLP and to every LayerNorm, `"qkv"` only to the query, key and value projections.
+    `rope_scaling` extends RoPE to longer contexts; the blocks in `nope_layers` (0-based) do not use
+    RoPE. `context_length` is the longest sequence, in tokens, that pretrained parameters are meant
+    for; longer sequences are not truncated.
 
-    Forking (arXiv 2510.00219): a fork layer stands in front of each block in `fork_layers`
-    (0-based). `policy` chooses the streams. `merge` turns a token's streams into one prediction:
-    `"probability"` is the paper's mixture (eq. 11), `"residual"` the weighted sum of residuals of
-    its authors' later code, `"rightmost"` the original alone. `score_bias="head"` adds the
-    log-score to q·k before the division by sqrt(K) (the authors' code); `"none"` adds it after the
-    division, so that a key's weight is multiplied by exactly p. With `score_originals=True`, as in
-    the paper, an original carries a score like a fork and is attenuated by it; by default its score
-    stays 1. `copies` is the copy-k baseline: each input residual is repeated k times, and the
-    rightmost copy is decoded. `fork_gate` gives each fork layer a learned scalar with this initial
-    value. The scalar's magnitude times `forking.GATE_UNIT` multiplies the scores of forks, so that
-    with a value near 0 other streams hardly attend to forks at first (see `retrofit`).
+    A fork layer precedes each block in `fork_layers` (0-based), and `policy` chooses which
+    candidates become streams. `merge` combines a token's streams into one prediction:
+    `"probability"` is the paper's mixture of predictions (eq. 11), `"residual"` the score-weighted
+    sum of residuals of its authors' later code, and `"rightmost"` decodes the original alone.
+    `score_bias="head"` adds the log-score to q·k before the division by sqrt(K) (the authors'
+    code); `"none"` adds the log-score after the division, so that a key's unnormalised attention
+    probability is multiplied by exactly p. With `score_originals=True`, as in the paper, originals
+    have learned scores and are attenuated like forks; by default the score of an original stays 1.
+    `copies` is the copy-k baseline: each input residual is repeated k times, and the rightmost copy
+    is decoded. `fork_gate` gives each fork layer a learned scalar with this initial value. The
+    scalar's magnitude times `forking.GATE_UNIT` multiplies the scores of forks; with a value near
+    0, other streams at first hardly attend to forks (see `retrofit`).
 
-    Each of the six switches from `fork_embedding` to `fractional_positions` removes one ingredient
-    if it is False, for ablations.
+    Each of the six switches from `fork_embedding` to `fractional_positions` removes one component
+    of the architecture if it is False, for ablations.
 
     Attributes:
         vocab_size: Number of token ids in the vocabulary (V).
@@ -62,35 +63,34 @@ class ModelConfig(ArchitectureConfig):
         norm_eps: Term added to the variance in norms (ε).
         mlp: Kind of the MLP.
         qk_norm: Whether queries and keys are normalised in each head.
-        tied_head: Whether the output head shares the weights of the embedding.
-        rope_base: Base of the rotary frequencies (θ).
-        rope_scaling: Stretching of rotary positions to longer contexts, as in a Hugging Face
-            config.json.
-        nope_layers: Blocks without rotary positions, counted from 0.
-        biases: Linear layers and norms that have a bias: "all", only the maps to queries, keys and
-            values ("qkv"), or "none".
-        context_length: Number of tokens that pretrained weights are meant for; longer texts are not
-            truncated.
+        tied_head: Whether the LM head shares the parameters of the embedding.
+        rope_base: Base of the RoPE frequencies (θ).
+        rope_scaling: RoPE scaling for longer contexts, as in a Hugging Face config.json; None
+            for no scaling.
+        nope_layers: Indices of blocks without RoPE, counted from 0.
+        biases: Linear layers and norms that have a bias: "all", only the query, key and value
+            projections ("qkv"), or "none".
+        context_length: Longest sequence, in tokens, that pretrained parameters are meant for;
+            longer sequences are not truncated.
         copies: Number of copies of each input residual (the copy-k baseline, without forks).
-        fork_layers: Blocks with a fork layer in front, counted from 0.
+        fork_layers: Indices of blocks that a fork layer precedes, counted from 0.
         policy: Policy that chooses among the candidates of fork layers, e.g.
             "PrefixRank(ratio=1.5)".
         merge: Merge of a token's streams into one prediction: "probability" mixes their predictions
             (the paper's eq. 11), "residual" sums their residuals, weighted by scores (the authors'
             later code), "rightmost" takes the original alone.
-        score_bias: Place of log-scores in attention: "head" adds them before the division by
-            sqrt(K) (the authors' code), "none" after it.
-        score_originals: Whether originals carry a score as forks do (the paper), or keep a score of
-            1.
-        fork_gate: Initial value of a learned factor on the scores of forks; no such factor by
-            default.
+        score_bias: Scaling of log-scores in attention logits: "head" divides log-scores by sqrt(K)
+            like q·k (the authors' code), "none" adds log-scores undivided.
+        score_originals: Whether originals have learned scores as forks do (the paper), or a fixed
+            score of 1.
+        fork_gate: Initial value of a learned factor on the scores of forks; None for no factor.
         fork_embedding: Whether a learned vector is added to forks.
         key_bias: Whether log-scores bias the attention to keys.
         value_scaling: Whether scores scale the values of attention.
         residual_scaling: Whether scores scale what a block writes to the residual stream.
         forced_keep: Whether originals are always kept (eq. 4).
         fractional_positions: Whether the streams of a token have fractional rotary positions.
-        dtype: Type of the computation; parameters are float32.
+        dtype: Dtype of the computation; parameters are float32 by default.
         scan_layers: Whether the blocks between fork layers run in a scan, which compiles faster.
         remat: Activations recomputed in the backward pass: "none", all but matrix products
             ("dots", which on a CPU saves memory only with `scan_layers`), or all of them ("full").
@@ -212,7 +212,7 @@ class ModelConfig(ArchitectureConfig):
 
     @property
     def rotary_layers(self) -> tuple[bool | None, ...]:
-        """Whether each block has rotary positions; None for each block if all of them have."""
+        """Whether each block uses RoPE; None for each block if all blocks use RoPE."""
         if not self.nope_layers:
             return (None,) * self.num_layers
         return tuple(layer not in self.nope_layers for layer in range(self.num_layers))
@@ -223,20 +223,20 @@ class ModelConfig(ArchitectureConfig):
         return not self.fork_layers or self.policy.causal
 
     def summary(self) -> str:
-        """Describe where the model forks and by which policy; "plain" without fork layers."""
+        """Describe the fork layers and their policy; "plain" without fork layers."""
         if not self.fork_layers:
             return "plain"
         return f"forks before layers {self.fork_layers}, {self.policy}"
 
     def sizes(self) -> str:
-        """Describe depth, width, heads, vocabulary and type in one line."""
+        """Describe depth, width, heads, vocabulary and dtype in one line."""
         return (
             f"{self.num_layers} layers of {self.embed_dim}, {self.num_heads} heads, vocabulary "
             f"{self.vocab_size:,}, {self.dtype}"
         )
 
     def unused_fields(self) -> tuple[str, ...]:
-        """Names of the fields that only fork layers use, if the model has no fork layers."""
+        """Names of the fields that have no effect in a model without fork layers."""
         return () if self.fork_layers else ("policy", "score_originals")
 
     def attention_inputs(self) -> tuple[jax.ShapeDtypeStruct | None, ...]:
@@ -247,7 +247,7 @@ class ModelConfig(ArchitectureConfig):
         return query, key, key, jax.ShapeDtypeStruct((1, 8), "float32") if biased else None
 
     def groups(self) -> list[tuple[int, int]]:
-        """Ranges `(first, last + 1)` of blocks between fork layers; the first may be empty."""
+        """Ranges `(start, end)` of block indices between fork layers; the first may be empty."""
         cuts = [0, *self.fork_layers, self.num_layers]
         return list(zip(cuts[:-1], cuts[1:], strict=True))
 
@@ -261,9 +261,9 @@ class ModelConfig(ArchitectureConfig):
         return per_layer
 
     def prefill_bytes(self, num_tokens: int) -> int:
-        """Estimate the bytes of a forward pass over one row without tiles of queries.
+        """Estimate the bytes of a forward pass over one row without tiling of queries.
 
-        Rows for which the estimate is large are read part by part (`thoughtbubbles.prefill`). The
+        Rows with a large estimate are prefilled in blocks of tokens (`thoughtbubbles.prefill`). The
         largest term is the attention logits of one block of queries, of which XLA holds 5 to 6
         copies at a time on a CPU.
         """
@@ -274,7 +274,8 @@ class ModelConfig(ArchitectureConfig):
     def pass_bytes(self, rows: int, num_tokens: int) -> int:
         """Estimate the bytes of a forward pass over rows, without parameters and cache.
 
-        Unlike `prefill_bytes`, it counts only one tile of the queries of a large block.
+        Unlike `prefill_bytes`, the estimate assumes that attention tiles the queries of large
+        blocks.
         """
         slots = max(self.slots(num_tokens))
         of_query = 4 * rows * self.num_heads * slots
@@ -283,14 +284,14 @@ class ModelConfig(ArchitectureConfig):
         return 5 * logits + 4 * rows * slots * (self.mlp_width + 4 * self.embed_dim)
 
     def extend_bytes(self, rows: int, num_tokens: int) -> int:
-        """Estimate the bytes of reading more tokens of each row, without parameters and cache.
+        """Estimate the bytes of extending a cache by tokens, without parameters and cache.
 
         The estimate does not depend on the number of tokens in the cache, because attention over a
         large cache is computed in tiles.
 
         Args:
             rows: Number of rows.
-            num_tokens: Number of tokens that are read of each row.
+            num_tokens: Number of new tokens of each row.
         """
         slots = rows * num_tokens * self.copies * 2 ** len(self.fork_layers)
         tiles = rows * self.num_heads * QUERY_TILE * KEY_TILE
@@ -311,9 +312,9 @@ class ModelConfig(ArchitectureConfig):
         return table + self.num_layers * block + len(self.fork_layers) * fork + norm
 
     def forward_flops(self, num_tokens: int) -> int:
-        """Matrix-multiplication FLOPs of a forward pass over `num_tokens`, logits included.
+        """Matrix-multiplication FLOPs of a forward pass over a row of tokens, logits included.
 
-        A training step costs three times as much without rematerialisation.
+        A training step without rematerialisation costs three times as many FLOPs.
         """
         d, k, h = self.embed_dim, self.head_width, self.num_heads
         maps = 3 if self.mlp == "swiglu" else 2
@@ -346,11 +347,11 @@ class ModelConfig(ArchitectureConfig):
 
     @classmethod
     def preset(cls, name: str, **changes: Unpack["ModelConfigChanges"]) -> "ModelConfig":
-        """Return a preset by its name, with changed fields.
+        """Return the preset of a given name with some fields changed.
 
         Args:
             name: Name in `PRESETS`: "tiny", or a size of arXiv 2510.00219.
-            changes: New values of fields.
+            changes: New values of fields, as keyword arguments.
 
         Raises:
             ValueError: There is no preset of that name, or the fields do not fit together.
@@ -411,7 +412,7 @@ def _paper(embed_dim: int, num_layers: int, num_heads: int, fork_layers: tuple[i
 
 
 # The paper gives 772.8M = 36 layers of 1280 and its authors' scripts 1.916B = 36 layers of 2048.
-# Of 150M and 319M it gives the totals only; these geometries come nearest (152M, 316M).
+# For 150M and 319M the paper gives only the totals; these sizes come nearest (152M, 316M).
 PRESETS: dict[str, ModelConfig] = {
     "tiny": ModelConfig(
         vocab_size=320, embed_dim=128, num_layers=4, num_heads=4, fork_layers=(1, 2, 3)

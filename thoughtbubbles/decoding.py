@@ -1,8 +1,8 @@
-"""Text generation in one compiled loop, over a cache or by recomputing the prefix of every token.
+"""Text generation in one compiled loop, with a cache or by recomputing the prefix for every token.
 
-A policy that is not causal (`TopK`, whose budget is a ratio of the prefix's length) may fork
-earlier tokens differently when a token is added. A cache would then not give the model's results,
-so the prefix is recomputed.
+A fork policy that is not causal (`TopK`, whose budget is a ratio of the prefix's length) may fork
+earlier tokens differently when a token is appended. A cache would then not give the model's
+results, so the prefix is recomputed.
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ SMALLEST_CACHE = 64
 
 
 class _DecodingForm(NamedTuple):
-    """A model's decoding form (`for_decoding`), and the structure and arrays of the model."""
+    """Result of a model's `for_decoding`, with the model's structure and arrays as cache key."""
 
     structure: Any
     leaves: tuple[weakref.ref, ...]
@@ -38,19 +38,20 @@ class _DecodingForm(NamedTuple):
 
 
 _KEPT: list[_DecodingForm] = []
-"""The newest decoding form, or nothing; it is dropped when an array that it was made of dies."""
+"""Cache of the latest decoding form; cleared when an array of its model is garbage-collected."""
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Generation(ShortRepr):
-    """A generated text and its bubbles: `T` tokens, prompt included, after `F` fork layers.
+    """Generated continuation of one prompt, and the bubbles of all its `T` tokens.
 
     Attributes:
         prompt: Token ids of the prompt.
         tokens: Token ids of the continuation.
-        streams: Number of live streams of each token after each fork layer, `[F, T]` int32.
-        score: Mean cumulative score p of these streams, `[F, T]` float32; 0 for a token without
-            live streams.
+        streams: Number of live streams of each token of prompt and continuation, after each of the
+            `F` fork layers, `[F, T]` int32.
+        score: Mean cumulative score p of the token's live streams, `[F, T]` float32; 0 for a token
+            without live streams.
     """
 
     prompt: list[int]
@@ -75,32 +76,33 @@ def generate(
     cached: bool | None = None,
     progress: Progress | None = None,
 ) -> list[list[int]]:
-    """Continue each prompt; different prompts of the batch do not influence its text.
+    """Generate a continuation of each prompt, independently of other prompts in the batch.
 
-    With a cache, programs are compiled for lengths of the longest prompt and the longest text that
-    are rounded up, so that calls with other lengths find them compiled. Prompts whose forward pass
-    would take much memory are read into the cache block by block (`thoughtbubbles.prefill`).
+    With a cache, the lengths of the longest prompt and the longest text are rounded up, so that
+    calls with similar lengths share compiled programs. Prompts whose forward pass would take much
+    memory are prefilled in blocks (`thoughtbubbles.prefill`).
 
     Args:
         model: Any architecture.
         prompts: Token ids of each prompt, at least one; lengths may differ.
         max_new_tokens: Maximum number of tokens added to each prompt.
-        temperature: Sampling temperature; 0 takes the most probable token.
-        top_k: Number of most probable tokens to sample from; all by default.
-        top_p: Total probability of the smallest set of most probable tokens to sample from; 1 by
-            default.
+        temperature: Sampling temperature; 0 decodes greedily.
+        top_k: Number of most probable tokens to sample from; None for all tokens.
+        top_p: Minimum total probability of the most probable tokens to sample from (nucleus
+            sampling); None for all tokens.
         min_p: Minimum probability of tokens to sample from, as a fraction of the probability of the
             most probable token; None for no minimum.
-        seed: Seed of the samples. The key of a row is made of the seed, its prompt, and the number
-            of equal prompts in front of it, so that equal prompts get different texts.
-        stop: Token ids that end a row; the id is part of the returned text.
-        valid_vocab_size: Number of token ids, from 0, that may be chosen if the tokenizer has fewer
-            than the model; all by default.
-        policy: Fork policy in place of the model's own.
-        cached: Whether to decode with a cache, rather than recompute the prefix of every token; by
-            default True if the model is `cacheable`.
-        progress: Function called as `progress(read, total)` after each block, if prompts are read
-            block by block: tokens of the longest prompt read so far, and all of them.
+        seed: Sampling seed. The PRNG key of a row depends on the seed, the row's prompt, and the
+            number of equal prompts in earlier rows, so that equal prompts get different texts.
+        stop: Token ids that end a continuation; the stop id is part of the returned ids.
+        valid_vocab_size: Number of token ids, starting from 0, that may be generated if the
+            tokenizer has fewer ids than the model; all by default.
+        policy: Fork policy in place of the model's own; None for the model's own.
+        cached: Whether to decode with a cache instead of recomputing the prefix for every token;
+            by default True if the model is `cacheable`.
+        progress: Function called as `progress(done, total)` after each prefilled block, if prompts
+            are prefilled in blocks, with the number of prefilled tokens of the longest prompt and
+            the length of that prompt.
 
     Returns:
         Token ids of each continuation.
@@ -144,15 +146,16 @@ def generate_with_bubbles(
     valid_vocab_size: int | None = None,
     policy: Policy | None = None,
 ) -> list[Generation]:
-    """Continue each prompt as `generate` does with a cache, and count the streams of each token.
+    """Generate as `generate` does with a cache, and record the streams of each token.
 
-    The arguments are those of `generate`.
+    The arguments have the same meaning as in `generate`.
 
     Returns:
         A `Generation` for each prompt.
 
     Raises:
-        ValueError: `generate` would raise one, or the model is not a `cacheable` `Thoughtbubbles`.
+        ValueError: `generate` raises a ValueError, or the model is not a `cacheable`
+            `Thoughtbubbles`.
     """
     if not isinstance(model, Thoughtbubbles):
         raise ValueError(f"{type(model).__name__} has no bubbles: use generate")
@@ -176,7 +179,7 @@ def generate_with_bubbles(
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _Request:
-    """Arguments of the compiled loops: `keys [B]` of rows, ids `stop [N]`, and scalars."""
+    """Arguments of the compiled loops: PRNG keys `[B]` of rows, stop ids `[N]`, and scalars."""
 
     sampling: Sampling
     keys: jax.Array
@@ -198,13 +201,13 @@ class _Request:
         )
 
     def choose(self, logits: jax.Array, length: jax.Array) -> jax.Array:
-        """Choose the next id of each row after `length [B]` tokens; -1 if the logits are NaN."""
+        """Sample the next id of each row after `length [B]` tokens; -1 if the logits are NaN."""
         allowed = jnp.arange(logits.shape[-1]) < self.valid_vocab_size
         keys = jax.vmap(jax.random.fold_in)(self.keys, length)
         return sample(jnp.where(allowed, logits, -jnp.inf), keys, self.sampling)
 
     def ends(self, chosen: jax.Array, count: jax.Array) -> jax.Array:
-        """Whether the text of each row ends with the id `chosen [B]`, its `count`-th new one."""
+        """Whether each row ends with the sampled id `chosen [B]`, its `count`-th new token."""
         stopped = (chosen[:, None] == self.stop).any(axis=1)
         return stopped | (chosen < 0) | (count >= self.max_new_tokens)
 
@@ -252,7 +255,7 @@ def _row_keys(seed: int, prompts: list[tuple[int, ...]]) -> jax.Array:
 
 
 def _padded(prompts, more: int = 0, width: int = 0) -> tuple[jax.Array, jax.Array]:
-    """Pad prompts to `width`, or `more` than the longest; return rows and their lengths `[B]`."""
+    """Pad prompts to `width` or to longest + `more` tokens; return ids and lengths `[B]`."""
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
     tokens = np.zeros((len(prompts), max(width, int(lengths.max()) + more)), np.int32)
     for row, prompt in zip(tokens, prompts, strict=True):
@@ -272,7 +275,7 @@ def _texts(prompts, new: jax.Array, count: jax.Array) -> list[list[int]]:
 
 
 def _decode(model, prompts, request, read_all, progress=None) -> tuple[list[list[int]], Any]:
-    """Generate with a cache; with `read_all` the last token of each text is in the cache too."""
+    """Generate with a cache; with `read_all`, the cache includes the last token of each text."""
     longest = max(map(len, prompts))
     tokens, lengths = _padded(prompts, width=_bucket(longest, SHORTEST_PROMPT))
     new = int(request.max_new_tokens)
@@ -291,12 +294,13 @@ def _decode(model, prompts, request, read_all, progress=None) -> tuple[list[list
 
 
 def decoding_form(model: Architecture, policy: Policy | None) -> Architecture:
-    """Return `model.for_decoding()` under a policy, made only once for calls with the same arrays.
+    """Return `model.for_decoding()` with a fork policy, cached for the latest model.
 
-    The form of a model with NumPy arrays, which can be written in place, is made by every call.
+    A call with a model of the same JAX arrays reuses the cached result. For a model with NumPy
+    arrays, which can be modified in place, each call makes a new result.
 
     Args:
-        model: Model to be decoded.
+        model: Model to decode with.
         policy: Fork policy in place of the model's own; None for the model's own.
     """
     form = model
@@ -317,7 +321,7 @@ def decoding_form(model: Architecture, policy: Policy | None) -> Architecture:
 
 
 def _forget(dead: weakref.ref) -> None:
-    """Drop the kept form if the dead array was its own, and not that of a replaced form."""
+    """Clear the cached form if the dead array belongs to its model, not to an earlier model."""
     if any(was is dead for kept in _KEPT[:1] for was in kept.leaves):
         _KEPT.clear()
 
@@ -341,7 +345,7 @@ def _choose(request, logits, lengths) -> jax.Array:
 
 @functools.partial(jax.jit, static_argnames="max_tokens", donate_argnames="cache")
 def _continue(model, cache, chosen, lengths, request, read_all, max_tokens):
-    """Generate after the first new token; return ids `[B, max_tokens]`, their number, the cache."""
+    """Generate all new tokens after the first; return new ids `[B, max_tokens]`, counts, cache."""
     model = model.for_decoding()  # out of the loop, so that no step copies weights
     batch = chosen.shape[0]
 
@@ -349,7 +353,7 @@ def _continue(model, cache, chosen, lengths, request, read_all, max_tokens):
         return carry["unread"].any()
 
     def step(carry):
-        # A row that is done may still be read: for its bubbles, not to choose again.
+        # A row that is done may get a last forward pass, for its bubbles, not to sample again.
         done, cache = carry["done"], carry["cache"]
         unread = carry["unread"].astype(jnp.int32)
         output, cache = model.advance(cache, carry["chosen"][:, None], unread)
@@ -387,14 +391,14 @@ def _continue(model, cache, chosen, lengths, request, read_all, max_tokens):
 
 @jax.jit
 def _recompute(model, tokens, lengths, request):
-    """Generate each token from its whole prefix; return new ids `[B, S]` and their number `[B]`."""
+    """Generate tokens, each from a recomputed prefix; return new ids `[B, S]` and counts `[B]`."""
 
     def unfinished(carry):
         return ~carry[2].all()
 
     def step(carry):
         tokens, length, done = carry
-        # Places after a row's end are padding to the model, so the buffer's size changes nothing.
+        # Positions after a row's end are padding, so the buffer's size does not matter.
         logits = model.logits_at(model.run(tokens, length), length - 1)
         chosen = request.choose(logits, length)
         here = (jnp.arange(tokens.shape[1]) == length[:, None]) & ~done[:, None]

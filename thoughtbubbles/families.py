@@ -1,4 +1,4 @@
-"""Families of pretrained decoders: from a Hugging Face config.json to a ModelConfig, and back."""
+"""Conversion between Hugging Face config.json and ModelConfig for supported model families."""
 
 import dataclasses
 import warnings
@@ -17,7 +17,7 @@ ARCHITECTURES = {
     "starcoder2": "Starcoder2ForCausalLM",  # LayerNorm, GELU, biases: our default
 }
 
-# Values in config.json for which our decoder computes what the family computes.
+# Supported values in config.json, with which our decoder computes the same as the family.
 PLAIN: dict[str, tuple[Any, ...]] = {
     "use_sliding_window": (False, None),
     "partial_rotary_factor": (1.0, None),
@@ -34,7 +34,7 @@ _STARCODER: dict[str, tuple[Any, ...]] = {
     "mlp_type": ("default", None),
     "norm_type": ("layer_norm", None),
 }
-# These keys are read elsewhere, or describe how the scaling came about.
+# These keys are read elsewhere, or are notes that do not change the scaling.
 SCALING_NOTES = {"rope_type", "rope_theta", "partial_rotary_factor", "finetuned"}
 
 
@@ -72,7 +72,7 @@ def config_from_json(fields: Mapping[str, Any], source: str) -> ModelConfig:
     context = given.integer("max_position_embeddings", None)
     default_base = 2e6 if family == "smollm3" else 10_000.0
     heads, width = given.integer("num_attention_heads"), given.integer("hidden_size")
-    # A head_dim of 0 is none, as in transformers.
+    # A head_dim of 0 means None, as in transformers.
     head_dim = given.integer("head_dim", 128 if family == "qwen3" else None, least=0) or None
     try:
         return ModelConfig(
@@ -106,7 +106,7 @@ def config_from_json(fields: Mapping[str, Any], source: str) -> ModelConfig:
 
 
 def _within_window(given: Fields, context: int | None) -> int | None:
-    """Context length, or the sliding window if it is shorter: up to there attention is full."""
+    """Return the context length, at most the sliding window, up to which attention is full."""
     window = given.integer("sliding_window", None)
     if window is None or (context is not None and context <= window):
         return context
@@ -119,7 +119,7 @@ def _within_window(given: Fields, context: int | None) -> int | None:
 
 
 def _nope_layers(given: Fields, source: str) -> tuple[int, ...]:
-    """Layers of SmolLM3 without rotary positions, which its `no_rope_layers` marks by a 0."""
+    """Return the layers of SmolLM3 without RoPE, which have a 0 in its `no_rope_layers`."""
     flags, count = given.list("no_rope_layers", int, None), given.integer("num_hidden_layers")
     if flags is not None and len(flags) < count:
         raise ValueError(f"{source}: no_rope_layers has {len(flags)} of {count} layers")
@@ -130,7 +130,7 @@ def _nope_layers(given: Fields, source: str) -> tuple[int, ...]:
 
 
 def _rope(given: Fields) -> Fields:
-    """Join the rotary parameters of transformers 4 and 5; a ValueError if they contradict."""
+    """Join the RoPE fields of transformers 4 and 5; raise a ValueError if they contradict."""
     newer, older = (_of_all_layers(given, name) for name in ("rope_parameters", "rope_scaling"))
     for name in newer.keys() & older.keys():
         if newer[name] != older[name]:
@@ -147,7 +147,7 @@ def _rope(given: Fields) -> Fields:
 
 
 def _of_all_layers(given: Fields, name: str) -> dict[str, Any]:
-    """Read rotary parameters, nested by layer type or not; a ValueError if the types differ."""
+    """Read RoPE fields, flat or nested by layer type; raise a ValueError if layer types differ."""
     fields = given.object(name)
     content = {key: fields.raw(key) for key in fields.names()}
     nested = [value for value in content.values() if isinstance(value, dict)]
@@ -159,7 +159,7 @@ def _of_all_layers(given: Fields, name: str) -> dict[str, Any]:
             )
         fields = Fields(nested[0], fields.source)
         content = {key: fields.raw(key) for key in fields.names()}
-    if "type" in content:  # its name of before version 4.43
+    if "type" in content:  # its name before version 4.43
         kind = content.pop("type")
         if content.setdefault("rope_type", kind) != kind:
             both = f"rope_type={shown(content['rope_type'])} and type={shown(kind)}"
@@ -195,7 +195,7 @@ def _scaling(rope: Fields, context: int | None, original: int | None) -> RopeSca
                 f"{rope.source}: original_max_position_embeddings={own}, beside it {original}: "
                 "leave one out"
             )
-    # The kind is checked first: another kind may well have parameters that are unknown here.
+    # The kind is checked first, because an unsupported kind may have fields unknown here.
     RopeScaling(kind, **{**fields, "factor": 1.0})
     fields["factor"] = rope.number("factor")
     if unknown:
@@ -204,18 +204,18 @@ def _scaling(rope: Fields, context: int | None, original: int | None) -> RopeSca
 
 
 def config_to_json(config: ModelConfig, dtype: str) -> dict[str, Any]:
-    """Convert a ModelConfig to the `config.json` of the family that computes the same.
+    """Convert a ModelConfig to the `config.json` of an equivalent Hugging Face family.
 
     Args:
         config: Config of a decoder.
-        dtype: Dtype of the stored weights, such as "bfloat16".
+        dtype: Dtype of the stored parameters, such as "bfloat16".
 
     Returns:
         The fields of the config.json.
 
     Raises:
-        ValueError: No supported family computes the same, because of forks, copies or the kinds of
-            layers.
+        ValueError: No supported family is equivalent, because of fork layers, copies or the kinds
+            of layers.
     """
     family = family_of(config)
     fields = {
@@ -260,10 +260,10 @@ def _scaling_to_json(scaling: RopeScaling) -> dict[str, Any]:
 
 
 def family_of(config: Any) -> str:
-    """Return the name of the Hugging Face family that computes what a model of this config does.
+    """Return the name of the Hugging Face family that is equivalent to a model of this config.
 
     Raises:
-        ValueError: No supported family computes the same.
+        ValueError: No supported family is equivalent.
     """
     if not isinstance(config, ModelConfig):
         raise ValueError(_no_family(f"a {type(config).__name__.removesuffix('Config')}"))

@@ -1,4 +1,4 @@
-"""Typed reading of JSON and other metadata; errors are one line that names file and field."""
+"""Typed access to JSON and other metadata, with one-line errors that name file and field."""
 
 import json
 import math
@@ -25,17 +25,17 @@ def cut(text: str, longest: int = 60) -> str:
 
 
 class Fields:
-    """Fields of an object, each read as one type by a method; None counts as missing.
+    """Typed access to the fields of a JSON object: one method per type; null counts as missing.
 
-    For a missing field, methods with an argument `default` return it, or raise a ValueError if it
-    is not given. All methods but `raw` and `names` raise a ValueError for a value of another type
-    or range.
+    For a missing field, methods with an argument `default` return the default, or raise a
+    ValueError if no default is given. All methods but `raw` and `names` raise a ValueError for a
+    value of another type or range.
 
     Args:
-        content: Names and values as they come from a file.
+        content: Mapping from the name of a field to its value, as read from a file.
         source: Name of the file in error messages.
-        whole: End of the message on a missing field, such as "it is no whole config".
-        remedy: End of the message on a wrong value, what to do about it.
+        whole: End of the message about a missing field, such as "it is no whole config".
+        remedy: End of the message about a wrong value, which tells what to do.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class Fields:
     def integer(
         self, name: str, default: Any = _REQUIRED, *, least: int = 1, most: int = LARGEST
     ) -> Any:
-        """Read a whole number from `least` to `most`, which may be written as 32.0."""
+        """Read an integer from `least` to `most`; the file may write 32 as 32.0."""
 
         def fits(value: Any) -> bool:
             return _is_whole(value) and least <= value <= most
@@ -60,7 +60,7 @@ class Fields:
         return int(found) if type(found) is float else found
 
     def number(self, name: str, default: Any = _REQUIRED, *, positive: bool = True) -> Any:
-        """Read a finite number as a float; it must be above 0 unless `positive` is false."""
+        """Read a finite number as a float; with `positive`, the number must be above 0."""
 
         def fits(value: Any) -> bool:
             if type(value) not in (int, float) or abs(value) > 1e300 or not math.isfinite(value):
@@ -71,7 +71,7 @@ class Fields:
         return float(found) if type(found) is int else found
 
     def flag(self, name: str, default: Any = _REQUIRED) -> Any:
-        """Read true or false."""
+        """Read a bool."""
         return self._read(name, default, lambda value: type(value) is bool, "true or false")
 
     def text(self, name: str, default: Any = _REQUIRED) -> Any:
@@ -79,12 +79,12 @@ class Fields:
         return self._read(name, default, lambda value: isinstance(value, str), "a text")
 
     def object(self, name: str) -> "Fields":
-        """Read an object; a missing one has no fields."""
+        """Read a nested object as `Fields`; a missing object has no fields."""
         found = self._read(name, {}, lambda value: isinstance(value, dict), "an object")
         return Fields(found, f"{self.source}: {name}", self._whole, self._remedy)
 
     def list(self, name: str, kind: type, default: Any = _REQUIRED) -> Any:
-        """Read a list of values of the type `kind`; an int may be written as 32.0."""
+        """Read a list of values of the type `kind`; the file may write an integer 32 as 32.0."""
 
         def fits(value: Any) -> bool:
             is_one = _is_whole if kind is int else lambda item: type(item) is kind
@@ -95,7 +95,7 @@ class Fields:
         return [int(item) for item in found] if given else found
 
     def ids(self, name: str) -> "list[int]":
-        """Read one token id, or a list of them, as a list without ids of -1; empty if missing."""
+        """Read a token id or a list of token ids as a list, without ids of -1; empty if missing."""
 
         def fits(value: Any) -> bool:
             return _is_whole(value) and -1 <= value <= LARGEST
@@ -108,7 +108,7 @@ class Fields:
         return [int(index) for index in ids if index != -1]
 
     def token(self, name: str) -> str | None:
-        """Read a special token, a string or an object with the string as `content`, or None."""
+        """Read a special token, a string or an object with a string `content`; None if missing."""
         value = self._content.get(name)
         if isinstance(value, dict):
             value = value.get("content", value)
@@ -116,7 +116,7 @@ class Fields:
         return value if fits else self._refuse(name, "a token")
 
     def raw(self, name: str) -> Any:
-        """Return a value as it stands in the file, without a check; None if it is missing."""
+        """Return a value from the file without checks; None if the field is missing."""
         return self._content.get(name)
 
     def names(self) -> "list[str]":
@@ -141,7 +141,7 @@ def _is_whole(value: Any) -> bool:
 
 
 def read_text(path: Path) -> str:
-    """Read a regular UTF-8 file; a ValueError if it is missing or not UTF-8."""
+    """Read a regular UTF-8 file; raise a ValueError if the file is missing or not UTF-8."""
     if not path.is_file():  # a pipe would never end
         raise ValueError(f"{path} is no regular file: put one there")
     try:
@@ -154,11 +154,11 @@ def parse_object(text: str | bytes, source: str) -> dict[str, Any]:
     """Parse a JSON object.
 
     Args:
-        text: JSON.
+        text: JSON text.
         source: Name of the file in error messages.
 
     Raises:
-        ValueError: The text is not JSON, or another value than an object.
+        ValueError: The text is not JSON, or is a JSON value other than an object.
     """
     try:
         found = json.loads(text)
@@ -170,5 +170,5 @@ def parse_object(text: str | bytes, source: str) -> dict[str, Any]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read the object in a JSON file; a ValueError if there is no file or no object in it."""
+    """Read a JSON object from a file; raise a ValueError if file or object is missing."""
     return parse_object(read_text(path), str(path))

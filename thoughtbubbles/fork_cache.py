@@ -1,8 +1,8 @@
-"""ForkCache: the state of a fork layer between calls, and the slots that new streams take.
+"""State of a fork layer during cached decoding, and the KV-cache slots of new streams.
 
-A decoder caches keys and values itself, in blocks of any kind. This module tells it how many slots
-its caches must have, which slots new streams fill, and which slots the query of a new stream
-attends to, so that the decoder need not call the policy.
+A decoder with fork layers stores keys and values itself, in blocks of any kind. This module tells
+the decoder how many slots its KV caches need, which slots new streams fill, and to which slots the
+query of a new stream attends, so that the decoder does not have to call the fork policy.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ Stored = TypeVar("Stored")
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, repr=False)
 class KVSlots(ShortRepr):
-    """The slots that new streams take in key-value caches of `N` slots a row.
+    """Slots that new streams fill in KV caches with `N` slots per row.
 
-    The same slots serve the caches of all blocks up to the next fork layer.
+    All blocks up to the next fork layer use the same slots.
 
     Attributes:
         used: `[B]` int32, number of slots that earlier streams of the row fill.
-        alive: `[B, S]` bool, whether each new stream is alive and takes a slot. Live streams come
-            first and take the next slots in order.
-        capacity: Static number `N` of slots of a row.
+        alive: `[B, S]` bool, whether each new stream is alive and fills a slot. Live streams come
+            first and fill the next slots in order.
+        capacity: Static number `N` of slots per row.
     """
 
     used: jax.Array
@@ -48,23 +48,23 @@ class KVSlots(ShortRepr):
     capacity: int = dataclasses.field(metadata={"static": True})
 
     def index(self) -> Int[Array, "B S"]:
-        """Slot of each new stream; `N`, one more than the last slot, for a dead stream."""
+        """Return the slot of each new stream, or `N` (past the last slot) for a dead stream."""
         return jnp.where(self.alive, self._slot(), self.capacity)
 
     def visible(self) -> Bool[Array, "B S N"]:
-        """Whether the query of a new stream attends to the key in a slot (causal attention)."""
+        """Return the causal mask: whether a new stream's query attends to the key in each slot."""
         return jnp.arange(self.capacity)[None, None] <= self._slot()[..., None]
 
     def _slot(self) -> Int[Array, "B S"]:
         return self.used[:, None] + jnp.arange(self.alive.shape[1], dtype=jnp.int32)[None]
 
     def write(self, stored: Stored, new: Stored) -> Stored:
-        """Return caches with the entries of new streams written into their slots.
+        """Return caches with the entries of new streams written into the streams' slots.
 
         Args:
             stored: Caches, a pytree of arrays `[B, N, ...]`, such as a block's keys and values and
-                the attention bias of each key (`Streams.attention_bias`). On a mesh with explicit
-                axes, their rows are sharded as those of `new` are.
+                the attention bias of each key (`Streams.attention_bias`). With
+                `AxisType.Explicit` mesh axes, the batch axis of the result is sharded as in `new`.
             new: Entries of the new streams, a pytree of the same structure with arrays
                 `[B, S, ...]`.
 
@@ -104,7 +104,7 @@ class KVSlots(ShortRepr):
 
 
 def token_slots(streams: Streams, max_tokens: int) -> KVSlots:
-    """Return the slots of new streams in the caches of the blocks before the first fork layer.
+    """Return the slots of new streams in the KV caches of the blocks before the first fork layer.
 
     Args:
         streams: Streams of the next tokens (`Streams.start` with `first`).
@@ -139,15 +139,15 @@ def token_slots(streams: Streams, max_tokens: int) -> KVSlots:
 class ForkCache(ShortRepr):
     """State of a fork layer after the tokens so far (`Fork.init_cache`, `Fork.extend`).
 
-    Axis 0 of every array indexes the rows.
+    Axis 0 of every array is the batch.
 
     Attributes:
-        state: State of the policy.
-        length: `[B]` int32, number of tokens so far; above `max_tokens` for a row that was extended
-            wrongly under `jit`, whose residuals are NaN from there on.
-        used: `[B]` int32, number of live streams behind the fork layer so far.
-        max_tokens: Static maximum number of tokens in a row.
-        policies: Static policies of the fork layers up to this one, whose policy comes last.
+        state: State of the fork policy, a pytree of arrays (`CausalPolicy.init_state`).
+        length: `[B]` int32, number of tokens so far; above `max_tokens` for a row that an invalid
+            call of `extend` under `jit` has marked, whose residuals are NaN in all later calls.
+        used: `[B]` int32, number of live streams so far after the fork layer.
+        max_tokens: Maximum number of tokens in a row (static).
+        policies: Policies of all fork layers up to and including this one, in order (static).
     """
 
     state: Any
@@ -158,7 +158,7 @@ class ForkCache(ShortRepr):
 
     @property
     def slots(self) -> int:
-        """Number of slots of a row in the key-value caches of the blocks behind the fork layer."""
+        """Number of slots per row in the KV caches of the blocks after the fork layer."""
         return _slots(self.policies, self.max_tokens, self.max_tokens)
 
 
@@ -171,11 +171,11 @@ def init_fork_cache(
         policy: Policy of the fork layer, which must be causal.
         batch: Number of rows.
         max_tokens: Maximum number of tokens in a row.
-        before: State of the fork layer in front of this one; None if this is the first one.
+        before: State of the previous fork layer; None for the first fork layer.
 
     Raises:
-        ValueError: The policy is not causal or has no methods for a cache (`CausalPolicy`), a size
-            is below 1, or `before` has another `batch` or `max_tokens`.
+        ValueError: The policy is not causal or lacks the cache methods of `CausalPolicy`, a size is
+            below 1, or `before` has another `batch` or `max_tokens`.
     """
     causal = _causal(policy)
     check_sizes(batch=batch, max_tokens=max_tokens)
@@ -191,7 +191,7 @@ def init_fork_cache(
         )
     earlier = () if before is None else before.policies
     state = causal.init_state(batch, 2 * _slots(earlier, max_tokens, max_tokens))
-    # Two arrays of zeros: one that occurs twice could not be donated.
+    # Two arrays of zeros, because an array that occurs twice could not be donated.
     length, used = (jnp.zeros((batch,), jnp.int32) for _ in range(2))
     return ForkCache(state, length, used, max_tokens, (*earlier, policy))
 
@@ -210,7 +210,7 @@ def _causal(policy: Policy) -> CausalPolicy:
 
 
 def _slots(policies: tuple[Policy, ...], num_tokens: int, max_tokens: int) -> int:
-    """Static number of slots of new tokens behind fork layers, in rows of up to `max_tokens`."""
+    """Return the static number of slots for `num_tokens` tokens after these policies' forks."""
     slots = num_tokens
     for policy in policies:
         slots = min(2 * slots, policy.capacity(max_tokens))
@@ -218,7 +218,7 @@ def _slots(policies: tuple[Policy, ...], num_tokens: int, max_tokens: int) -> in
 
 
 def check_next(policy: Policy, streams: Streams, cache: ForkCache, fresh: bool) -> None:
-    """Raise a ValueError unless streams continue a cache; traced lengths are not checked."""
+    """Raise a ValueError unless streams continue a cache's rows; skip traced lengths."""
     if not isinstance(cache, ForkCache):
         raise ValueError(
             f"extend from a {type(cache).__name__}: give the ForkCache of "
@@ -268,17 +268,22 @@ def check_next(policy: Policy, streams: Streams, cache: ForkCache, fresh: bool) 
 
 
 def wrong_rows(streams: Streams, cache: ForkCache, fresh: bool) -> Bool[Array, " B"]:
-    """Whether the streams of each row fail to continue the cache, checked at run time."""
+    """Check at run time whether each row's streams fail to continue the row of the cache."""
     wrong = (streams.first != cache.length) | (streams.length > streams.num_tokens)
     wrong |= (streams.length < 0) | (cache.length + streams.length > cache.max_tokens)
     return wrong | (cache.length > 0) if fresh else wrong
 
 
 def advanced(cache: ForkCache, streams: Streams, state: Any) -> tuple[Streams, KVSlots, ForkCache]:
-    """Make the results of `Fork.advance` from its new streams and the policy's new state.
+    """Assemble the results of `Fork.advance`.
+
+    Args:
+        cache: Cache before the new streams.
+        streams: New streams after the fork layer.
+        state: State of the fork policy after the new tokens.
 
     Returns:
-        The streams, the slots that they take in the caches of the next blocks, and the new cache.
+        The streams, their slots in the KV caches of the next blocks, and the new cache.
     """
     slots = KVSlots(cache.used, streams.alive, cache.slots)
     length = cache.length + streams.length
@@ -289,9 +294,10 @@ def advanced(cache: ForkCache, streams: Streams, state: Any) -> tuple[Streams, K
 def with_wrong_rows(
     wrong: Bool[Array, " B"], streams: Streams, slots: KVSlots, cache: ForkCache
 ) -> tuple[Streams, KVSlots, ForkCache]:
-    """Set the residuals of wrong rows to NaN and their lengths above `max_tokens`.
+    """Set the residuals of wrong rows to NaN, and the rows' lengths to more than `max_tokens`.
 
-    Later calls then find these rows wrong too, because the policy's state of them is not valid.
+    The lengths make later calls treat these rows as wrong too, because the policy state of the rows
+    is not valid.
     """
     streams = streams.replace(x=jnp.where(wrong[:, None, None], jnp.nan, streams.x))
     length = jnp.where(wrong, cache.max_tokens + 1, cache.length)
@@ -299,6 +305,6 @@ def with_wrong_rows(
 
 
 def at_start(stored: jax.Array, new: jax.Array) -> jax.Array:
-    """Overwrite the first entries of `stored` along every axis by those of `new` that fit."""
+    """Overwrite the start of `stored`, along every axis, with the entries of `new` that fit."""
     new = jax.lax.slice(new, (0,) * new.ndim, tuple(map(min, new.shape, stored.shape)))
     return jax.lax.dynamic_update_slice(stored, new.astype(stored.dtype), (0,) * new.ndim)

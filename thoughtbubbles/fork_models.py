@@ -1,4 +1,4 @@
-"""Functions for models with fork layers, whatever their blocks are."""
+"""Functions for models with fork layers and blocks of any kind."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from thoughtbubbles.policy import CausalPolicy, Policy, hook
 
 
 class ForkingConfig(Protocol):
-    """The part of a config that says where streams fork and by which policy."""
+    """Part of a model's config that describes its fork layers."""
 
     @property
     def fork_layers(self) -> Sequence[int]:
-        """Indices of the blocks with a fork layer in front."""
+        """Indices of the blocks that a fork layer precedes."""
         ...
 
     @property
@@ -26,7 +26,7 @@ class ForkingConfig(Protocol):
 
     @property
     def causal(self) -> bool:
-        """Whether no output of the model depends on later tokens."""
+        """Whether the model's output at a position is independent of later tokens."""
         ...
 
 
@@ -34,15 +34,15 @@ Model = TypeVar("Model", bound=Any)
 
 
 def with_policy(model: Model, policy: Policy) -> Model:
-    """Return a model of the same arrays with another policy, for inference.
+    """Return a model with another fork policy, which shares the model's arrays, for inference.
 
     Args:
         model: Model with `forks`, its fork layers, and `config`, a dataclass with a field `policy`.
-        policy: Policy of all fork layers of the result.
+        policy: Policy of all fork layers of the returned model.
 
     Raises:
-        ValueError: The policy tracks a threshold, as `Threshold` does, and the fork layers have
-            none.
+        ValueError: The policy tracks a threshold, as `Threshold` does, and the fork layers have no
+            threshold.
     """
     tracks = hook(policy, "init_tracked")() is not None
     if tracks and any(fork.threshold is None for fork in model.forks):
@@ -60,7 +60,7 @@ def with_policy(model: Model, policy: Policy) -> Model:
 
 
 def cacheable(config: ForkingConfig) -> bool:
-    """Whether decoding with a cache gives what the forward pass of a model of this config gives."""
+    """Whether decoding with a cache gives the results of a forward pass for this config."""
     return config.causal and (not config.fork_layers or isinstance(config.policy, CausalPolicy))
 
 

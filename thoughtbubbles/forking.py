@@ -1,4 +1,4 @@
-"""Forking as pure functions: score, plan, fork, merge (arXiv 2510.00219, eqs. 1-6 and 11)."""
+"""Pure functions that score, fork and merge streams (arXiv 2510.00219, eqs. 1-6 and 11)."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ LOWEST_LOG_SCORE = -20.0
 GATE_UNIT = 10.0
 LOWEST_GATE = 1e-12
 LARGEST_MEMBERSHIP = 2**18
-"""Maximum of tokens times slots of a row for merges by a matrix `[T, S]`; longer rows are merged
-without one."""
+"""Maximum number of tokens times slots of a row for merges by a matrix `[T, S]`; longer rows are
+merged without the matrix."""
 
 
 def candidate_log_scores(
@@ -32,22 +32,23 @@ def candidate_log_scores(
     log_score: Float[Array, "B S"],
     gate: Float[Array, ""] | None = None,
 ) -> Float[Array, "B 2*S"]:
-    """Cumulative log-scores of the candidates (eqs. 1-3), always in float32.
+    """Compute cumulative log-scores of the fork and keep candidates (eqs. 1-3) in float32.
 
     Args:
-        score_logits: Score logits of each stream, fork in column 0 and keep in column 1.
+        score_logits: Score logits of each stream: the fork logit at index 0, the keep logit at 1.
         log_score: Cumulative log-score of each stream.
-        gate: Learned scalar, whose magnitude times `GATE_UNIT` multiplies the score of every fork;
+        gate: Learned scalar whose magnitude times `GATE_UNIT` multiplies the score p of every fork;
             None for no such factor.
 
     Returns:
-        Log-scores in candidate order `[fork_0, keep_0, fork_1, keep_1, ...]`.
+        Cumulative log-scores of the candidates in the order `[fork_0, keep_0, fork_1, keep_1, ...]`
+        of streams.
     """
     own = jax.nn.log_sigmoid(score_logits.astype(jnp.float32))
     own = jnp.maximum(own, LOWEST_LOG_SCORE)
     if gate is not None:
-        # The magnitude, so that no optimizer step across 0 closes a gate for good; the unit, so
-        # that a step changes it as much as the scores, which are sums over the width.
+        # The magnitude, so that an optimizer step across 0 can't close the gate for good; the unit,
+        # so that a step changes the gate as much as the scores, which are sums over the width.
         log_gate = jnp.log(jnp.maximum(GATE_UNIT * jnp.abs(gate), LOWEST_GATE))
         own = own + jnp.stack([log_gate, jnp.zeros_like(log_gate)])[None, None]
     cumulative = log_score[..., None] + own
@@ -57,12 +58,14 @@ def candidate_log_scores(
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, repr=False)
 class ForkPlan(ShortRepr):
-    """The candidate of each new slot, and the new slot of each candidate.
+    """Assignment of the kept candidates, out of `2S`, to `S'` new slots, and its inverse.
+
+    Candidate `2s` is the fork of the stream in slot `s`, candidate `2s + 1` is its keep.
 
     Attributes:
-        source: `[B, S']` int32, candidate in each new slot (0 for a dead slot).
-        slot: `[B, 2S]` int32, new slot of each candidate (arbitrary for a candidate not kept).
-        kept: `[B, 2S]` bool, whether each candidate was kept.
+        source: `[B, S']` int32, index of the candidate in each new slot; 0 for a dead slot.
+        slot: `[B, 2S]` int32, new slot of each candidate; arbitrary if the candidate is not kept.
+        kept: `[B, 2S]` bool, whether each candidate is kept.
         alive: `[B, S']` bool, whether each new slot holds a stream.
     """
 
@@ -78,13 +81,14 @@ def candidates_of(
     forced_keep: bool = True,
     threshold: Float[Array, ""] | None = None,
 ) -> Candidates:
-    """Make the input of a policy: two candidates of each stream, with their scores.
+    """Make the input of a fork policy: the fork and keep candidate of each stream, with scores.
 
     Args:
-        streams: Streams, `S` in a row.
-        log_scores: Log-scores of `candidate_log_scores`.
-        forced_keep: Whether every original is kept whatever its score (eq. 4).
-        threshold: Threshold that the fork layer tracks; None if its policy tracks none.
+        streams: Streams before the fork layer, `S` slots per row.
+        log_scores: Cumulative log-scores in the order `[fork_0, keep_0, fork_1, keep_1, ...]`
+            (`candidate_log_scores`).
+        forced_keep: Whether every original is kept regardless of its score (eq. 4).
+        threshold: Threshold that the fork layer tracks; None if the policy tracks no threshold.
     """
     twice = lambda values: jnp.repeat(values, 2, axis=1)  # noqa: E731
     is_keep = (jnp.arange(log_scores.shape[1]) % 2 == 1)[None]
@@ -103,24 +107,28 @@ def candidates_of(
 def plan_fork(
     streams: Streams, log_scores: Float[Array, "B 2*S"], policy: Policy, forced_keep: bool = True
 ) -> ForkPlan:
-    """Let the policy choose among the candidates, and compact the kept ones in order.
+    """Select candidates with a fork policy, and assign the kept candidates to new slots in order.
 
     Args:
-        streams: Streams, `S` in a row.
-        log_scores: Log-scores of `candidate_log_scores`.
-        policy: Policy that chooses.
-        forced_keep: Whether every original is kept whatever its score (eq. 4).
+        streams: Streams before the fork layer, `S` slots per row.
+        log_scores: Cumulative log-scores in the order `[fork_0, keep_0, fork_1, keep_1, ...]`
+            (`candidate_log_scores`).
+        policy: Fork policy that selects the candidates to keep.
+        forced_keep: Whether every original is kept regardless of its score (eq. 4).
+
+    Returns:
+        Plan to pass to `fork`.
     """
     keep = policy.keep(candidates_of(streams, log_scores, forced_keep))
     return compact(keep, min(keep.shape[1], policy.capacity(streams.num_tokens)))
 
 
 def compact(keep: Bool[Array, "B N"], slots: int) -> ForkPlan:
-    """Plan to put the kept candidates, in order, into `slots` slots; those that do not fit die.
+    """Assign the candidates to keep, in order, to the first of `slots` new slots per row.
 
     Args:
-        keep: Whether each candidate is to be kept.
-        slots: Number of slots of a row.
+        keep: Whether each of `N` candidates is to be kept; candidates that do not fit are dropped.
+        slots: Number of new slots per row.
     """
     slot = jnp.cumsum(keep, axis=1, dtype=jnp.int32) - 1
     kept = keep & (slot < slots)
@@ -136,16 +144,16 @@ def fork(
     plan: ForkPlan,
     embedding: Float[Array, " D"] | None,
 ) -> Streams:
-    """Carry out a plan: a fork is its parent's residual plus the fork embedding (eq. 6).
+    """Fork streams by a plan: a fork is its parent's residual plus the fork embedding (eq. 6).
 
     Args:
-        streams: Streams, `S` in a row.
-        log_scores: Cumulative log-scores of the candidates.
-        plan: Plan of `S'` slots a row.
-        embedding: Embedding that is added to forks, or None.
+        streams: Streams before the fork layer, `S` slots per row.
+        log_scores: Cumulative log-scores of the candidates, which the kept candidates retain.
+        plan: Assignment of candidates to `S'` new slots per row (`plan_fork`).
+        embedding: Fork embedding; None adds nothing to forks.
 
     Returns:
-        Streams, `S'` in a row.
+        Streams after the fork layer, `S'` slots per row.
     """
     batch, slots = streams.token.shape
     parent = plan.source // 2
@@ -172,14 +180,14 @@ def take(
     inverse: Int[Array, "B N R"],
     used: Bool[Array, "B N R"],
 ) -> Float[Array, "B M *D"]:
-    """Gather values along axis 1; the gradient is computed by a gather too, never by a scatter.
+    """Gather values along axis 1, with a backward pass that gathers too instead of scattering.
 
     Args:
-        values: Values to gather, scalars or vectors.
-        index: Index into the values for each entry of the result.
-        inverse: Indices of the entries of the result, up to `R`, that each value is copied to.
-        used: Whether each index in `inverse` is valid. An entry of the result that no valid index
-            names passes no gradient to its value.
+        values: `N` scalars or vectors per row.
+        index: Index into `values` for each of the `M` entries of the result.
+        inverse: Indices of the result entries, at most `R`, to which each value is copied.
+        used: Whether each index in `inverse` is valid. A result entry without a valid index in
+            `inverse` passes no gradient to its value.
     """
     del inverse, used
     return _gather(values, index)
@@ -211,18 +219,18 @@ def merge(
     kind: Literal["residual", "rightmost"] = "residual",
     max_bubble: int | None = None,
 ) -> Float[Array, "B T D"]:
-    """Merge each bubble into one residual per token; 0 for a token without live streams.
+    """Merge the streams of each token into one residual; 0 for a token without live streams.
 
     Args:
         streams: Streams after the last block.
         kind: Kind of the merge. "residual" sums the residuals, weighted by their scores p (not a
-            mean, because the norm before the head removes the scale); "rightmost" takes the
-            original.
-        max_bubble: Static upper bound on the streams of a token; `S` by default.
+            mean, because the norm before the LM head removes the scale); "rightmost" takes the
+            residual of the original.
+        max_bubble: Static upper bound on the number of streams of a token; `S` by default.
 
     Raises:
-        ValueError: `kind` is another one, such as a config's "probability", which merges
-            predictions instead of residuals (`merge_log_probs`), or `streams` are not `Streams`.
+        ValueError: `kind` is unknown, such as "probability", which merges predictions instead of
+            residuals (`merge_log_probs`), or `streams` are not `Streams`.
     """
     if not isinstance(streams, Streams):
         shape = getattr(streams, "shape", type(streams).__name__)
@@ -249,7 +257,7 @@ def merge(
 
 
 def membership(streams: Streams) -> Bool[Array, "B T S"]:
-    """Whether slot `s` holds a live stream of token `t`."""
+    """Return a mask that tells whether slot `s` holds a live stream of token `t`."""
     token = jnp.arange(streams.num_tokens, dtype=jnp.int32)[None, :, None]
     return (streams.token[:, None, :] == token) & streams.alive[:, None, :]
 
@@ -261,22 +269,22 @@ def bubble_sum(
 
     Args:
         streams: Streams of more than one token, dead slots last.
-        values: Value of each stream.
-        max_bubble: Static upper bound on the streams of a token; `S` by default.
+        values: Scalar or vector of each stream.
+        max_bubble: Static upper bound on the number of streams of a token; `S` by default.
 
     Returns:
-        Sums, 0 for a token without live streams.
+        Sum for each token, 0 for a token without live streams.
     """
     return _last_of_bubble(streams, _over_bubble(streams, values, jnp.add, 0.0, max_bubble))
 
 
 def _is_long(streams: Streams) -> bool:
-    """Whether a merge avoids arrays of tokens by slots, and so sums in another order."""
+    """Whether a merge avoids arrays `[T, S]` and therefore sums in another order."""
     return streams.num_tokens * streams.token.shape[1] > LARGEST_MEMBERSHIP
 
 
 def _over_bubble(streams, values, combine, neutral, max_bubble):
-    """Combine, at each slot, the values of its token up to the slot, doubling the reach."""
+    """Scan within bubbles: combine the values of a slot's token up to that slot, by doubling."""
     extra = [(0, 0)] * (values.ndim - 2)
     values = jnp.where(_beside(streams.alive, values), values, neutral)
     reach = 1
@@ -291,7 +299,7 @@ def _over_bubble(streams, values, combine, neutral, max_bubble):
 
 
 def _last_of_bubble(streams: Streams, values: jax.Array) -> jax.Array:
-    """Value of the rightmost live stream of each token; 0 for a token without one."""
+    """Return the value of each token's rightmost live stream; 0 without live streams."""
     last, count = bubble_ends(streams)
     used = streams.original[..., None]
     picked = take(values, jnp.maximum(last, 0), streams.token[..., None], used)
@@ -303,12 +311,12 @@ def _beside(mask: jax.Array, values: jax.Array) -> jax.Array:
 
 
 def bubble_ends(streams: Streams) -> tuple[Int[Array, "B T"], Int[Array, "B T"]]:
-    """Slot of the rightmost live stream of each token, and number of live streams of the token.
+    """Return the slot of each token's rightmost live stream, and its number of live streams.
 
-    The slot is arbitrary, and may be -1, for a token without live streams.
+    For a token without live streams, the slot is arbitrary and may be -1.
     """
     slots = streams.token.shape[1]
-    if streams.num_tokens == 1:  # whose dead slots may stand first
+    if streams.num_tokens == 1:  # dead slots may come first (Streams.bubble_of)
         last = slots - 1 - jnp.argmax(streams.alive[:, ::-1], axis=1)
         return last[:, None], streams.alive.sum(axis=1, dtype=jnp.int32)[:, None]
     token = jnp.where(streams.alive, streams.token, streams.num_tokens)
@@ -317,9 +325,9 @@ def bubble_ends(streams: Streams) -> tuple[Int[Array, "B T"], Int[Array, "B T"]]
 
 
 def _counts_up_to(rows: Int[Array, "B S"], bound: int) -> Int[Array, "B bound"]:
-    """Number of entries of each sorted row that are at most `i`, for each `i` below a bound.
+    """Count the entries of each sorted row that are at most `i`, for each `i` below a bound.
 
-    Bisection, as in `jnp.searchsorted`, whose `vmap` explicit axes refuse.
+    This is a bisection like `jnp.searchsorted`, whose `vmap` fails with `AxisType.Explicit` axes.
     """
     size = rows.shape[1]
     value = jnp.arange(bound, dtype=jnp.int32)[None]
@@ -340,17 +348,17 @@ def merge_log_prob(
     vocab_size: int,
     max_bubble: int | None = None,
 ) -> Float[Array, "B T"]:
-    """Log-probability of one outcome per token under the mixture of its streams (eq. 11).
+    """Mix the streams' predictions of one target per token: its mixture log-probability (eq. 11).
 
     Args:
         streams: Streams after the last block.
-        log_prob: Float32 log-probability that each stream gives to the outcome of its token.
+        log_prob: Float32 log-probability that each stream assigns to the target of its token.
         vocab_size: Size of the vocabulary; a token without live streams predicts uniformly.
-        max_bubble: Static upper bound on the streams of a token; `S` by default.
+        max_bubble: Static upper bound on the number of streams of a token; `S` by default.
 
     Returns:
-        Float32 log of sum(p_j q_j) / sum(p_j) over the live streams j of each token, of score p_j
-        and predicted probability q_j.
+        Float32 log(sum(p_j q_j) / sum(p_j)) over the live streams j of each token, where p_j is the
+        score of a stream and q_j the probability that the stream assigns to the target.
     """
     if _is_long(streams):
         joint = _bubble_logsumexp(streams, streams.log_score + log_prob, max_bubble)
@@ -387,15 +395,17 @@ def _masked_logsumexp(
 def merge_log_probs(
     streams: Streams, log_probs: Float[Array, "B S V"], max_bubble: int
 ) -> Float[Array, "B T V"]:
-    """Log-probabilities of the vocabulary under the mixture of each token's streams (eq. 11).
+    """Mix the streams' predictions over the vocabulary: mixture log-probabilities (eq. 11).
 
     Args:
         streams: Streams after the last block.
-        log_probs: Float32 log-probabilities of each stream.
-        max_bubble: Static upper bound on the streams of a token (2 ** fork layers, at most S).
+        log_probs: Float32 next-token log-probabilities of each stream.
+        max_bubble: Static upper bound on the number of streams of a token: `S`, or 2 ** (number of
+            fork layers) if this is less.
 
     Returns:
-        Float32 log-probabilities of each token, uniform for a token without live streams.
+        Float32 next-token log-probabilities of each token, uniform for a token without live
+        streams.
     """
     last, count = bubble_ends(streams)
     terms, weights = [], []
@@ -411,7 +421,7 @@ def merge_log_probs(
 
 
 def _log_add_exp(terms: Sequence[jax.Array]) -> jax.Array:
-    """Elementwise log-sum-exp of arrays of one shape, without stacking them in memory."""
+    """Compute the elementwise log-sum-exp of arrays of equal shape, without stacking the arrays."""
     peak = jax.lax.stop_gradient(functools.reduce(jnp.maximum, terms))
     peak = jnp.where(jnp.isfinite(peak), peak, 0.0)  # an outcome impossible for every stream
     return jnp.log(sum(jnp.exp(term - peak) for term in terms)) + peak

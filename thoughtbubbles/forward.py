@@ -1,4 +1,4 @@
-"""The forward pass: embed, (Fork | Block)*, merge, logits; without fork layers a plain decoder."""
+"""Forward pass of a forking decoder: embedding, blocks and fork layers, merge, LM head."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Output(ShortRepr):
 
     Attributes:
         streams: Streams after the last block, in left-aligned rows.
-        forks: Streams as each fork layer left them, for statistics and bubble maps.
+        forks: Streams after each fork layer, for statistics and bubble maps.
     """
 
     streams: Streams
@@ -59,12 +59,12 @@ class Output(ShortRepr):
 
 
 class ForkingDecoder(Architecture):
-    """The forward pass of `Thoughtbubbles`, which adds caches, a backbone and statistics to it.
+    """Base class of `Thoughtbubbles` with the forward pass, but without caches and statistics.
 
     Attributes:
         config: Sizes and options of the model.
         blocks: Blocks stacked on a leading `layers` axis; None in a result of `for_decoding`.
-        unstacked: List of single blocks in a result of `for_decoding`; None in other models.
+        unstacked: List of single blocks in a result of `for_decoding`, otherwise None.
     """
 
     config: ModelConfig
@@ -111,7 +111,7 @@ class ForkingDecoder(Architecture):
                 gives NaN.
             length: Number of real tokens in each row, `[B]` int32; all `T` by default.
             track: Whether to update tracked thresholds from these tokens, as in training.
-            key: Random key of the policy's exploration in training (`PolicyDefaults.explore`); None
+            key: PRNG key of the policy's exploration in training (`PolicyDefaults.explore`); None
                 for no exploration.
 
         Raises:
@@ -136,8 +136,8 @@ class ForkingDecoder(Architecture):
             x: Vectors `[B, T, D]`, padded on the right.
             length: Number of real vectors in each row, `[B]` int32; all `T` by default.
             track: Whether to update tracked thresholds from these vectors, as in training.
-            key: Random key of the policy's exploration in training; None for no exploration.
-            visit: Function that reads, and may change, the streams at each of the `sites`.
+            key: PRNG key of the policy's exploration in training; None for no exploration.
+            visit: Function that captures, and may edit, the streams at each of the `sites`.
 
         Raises:
             ValueError: The vectors are not floats `[B, T, D]`, or the lengths are not `[B]`
@@ -164,8 +164,8 @@ class ForkingDecoder(Architecture):
     def sites(self) -> tuple[str, ...]:
         """Names of the sites, in the order of the forward pass.
 
-        `embed` is the model's input, `fork_i` the output of the fork layer before block `i`, and
-        `block_i` the output of block `i`. The merge and the final norm follow the last site.
+        `embed` is the input of the first layer, `fork_i` the output of the fork layer before block
+        `i`, and `block_i` the output of block `i`. Merge and final norm follow the last site.
         """
         names = ["embed"]
         for layer in range(self.config.num_layers):
@@ -173,21 +173,21 @@ class ForkingDecoder(Architecture):
         return tuple(names)
 
     def run_sites(self, inputs: jax.Array, length: AnyArray | None, visit: Visit) -> Output:
-        """As in `SitedModel.run_sites`."""
+        """Run a forward pass that calls `visit` at each site (`SitedModel.run_sites`)."""
         if jnp.ndim(inputs) != 3:
             check_ids(inputs)
             inputs = self.embed_tokens(inputs)
         return self.run_residuals(inputs.astype(self.config.dtype), length, visit=visit)
 
     def embed_tokens(self, tokens: AnyArray) -> jax.Array:
-        """Vectors `[..., D]` of token ids `[...]`; NaN for an id outside the vocabulary."""
+        """Embed token ids `[...]` as vectors `[..., D]`; NaN for an id outside the vocabulary."""
         check_integers(tokens)
         if isinstance(self.embed, Int8Weight):
             return self.embed.rows(jnp.asarray(tokens)).astype(self.config.dtype)
         return embedding_rows(self.embed[...], tokens).astype(self.config.dtype)
 
     def logits(self, output: Output | Streams) -> jax.Array:
-        """Logits `[B, T, V]` float32; log-probabilities if `merge` mixes those of the streams."""
+        """Compute logits `[B, T, V]` float32, or log-probabilities if `merge` mixes predictions."""
         streams = _streams_of(output)
         if self.config.merge == "probability" and streams.forked:
             log_probs = jax.nn.log_softmax(self.decode(streams.x), axis=-1)
@@ -198,8 +198,8 @@ class ForkingDecoder(Architecture):
         """Merge the streams of each token into one residual, `[B, T, D]`.
 
         Raises:
-            ValueError: The streams have forked, and the model mixes their predictions
-                (`merge="probability"`) instead of their residuals.
+            ValueError: The streams have forked, and the model merges predictions
+                (`merge="probability"`) instead of residuals.
         """
         if self.config.merge == "probability" and streams.forked:
             raise ValueError(
@@ -210,27 +210,27 @@ class ForkingDecoder(Architecture):
         return merge(streams, kind, self.max_bubble(streams))
 
     def logits_at(self, output: Output | Streams, position: AnyArray) -> jax.Array:
-        """Logits `[B, V]` float32 at one position of each row, `position [B]` int32."""
+        """Compute logits `[B, V]` float32 at one position of each row, `position [B]` int32."""
         streams = _streams_of(output)
         return self.logits(streams.bubble_of(position, self.max_bubble(streams)))[:, 0]
 
     def decode(self, x: jax.Array) -> jax.Array:
-        """Apply the final norm and the head: residuals `[..., D]` to logits `[..., V]` float32."""
+        """Apply final norm and LM head to residuals `[..., D]`: logits `[..., V]` float32."""
         return self.unembed(self.final_norm(x))
 
     def unembed(self, hidden: jax.Array) -> jax.Array:
-        """Apply the head to results of the final norm: `[..., D]` to logits `[..., V]` float32."""
+        """Apply the LM head to normalised hidden states `[..., D]`: logits `[..., V]` float32."""
         table, vocab_axis = self._table()
         if isinstance(table, Int8Weight):
             return table(hidden)
         return head_logits(hidden, table[...].astype(self.config.dtype), vocab_axis=vocab_axis)
 
     def log_prob(self, output: Output | Streams, targets: AnyArray) -> jax.Array:
-        """Log-probability `[B, T]` float32 of `targets [B, T]`.
+        """Compute the log-probabilities `[B, T]` float32 of `targets [B, T]`.
 
-        With `merge="probability"` only the predictions of targets are mixed. If the logits would be
-        large, the head is applied to chunks of the vocabulary (`head.head_log_prob`), except with
-        an int8 head or in a subclass that overrides `logits`, `decode` or `unembed`.
+        With `merge="probability"` only the log-probabilities of targets are mixed. If the logits
+        would be large, the LM head processes the vocabulary in chunks (`head.head_log_prob`),
+        except with an int8 head or in a subclass that overrides `logits`, `decode` or `unembed`.
 
         Raises:
             ValueError: The targets are not `[B, T]` integers.
@@ -255,7 +255,7 @@ class ForkingDecoder(Architecture):
         return head_log_prob(self.final_norm(x), table, targets, vocab_axis=vocab_axis)
 
     def _table(self) -> tuple[Any, int]:
-        """Output embedding, and its axis of the vocabulary."""
+        """Return the kernel of the LM head, and the index of the kernel's vocabulary axis."""
         return (self.embed, 0) if self.head is None else (self.head, 1)
 
     def _inherits(self, *methods: str) -> bool:
@@ -267,7 +267,7 @@ class ForkingDecoder(Architecture):
         return min(bound, streams.token.shape[1])
 
     def layers(self) -> list[Block]:
-        """List the single blocks; their weights are copies, unless `for_decoding` copied them."""
+        """Return the single blocks, whose parameters are copies unless the model is unstacked."""
         return self._layers(0, self.config.num_layers)
 
     def _layers(self, start: int, end: int) -> list[Block]:
@@ -276,10 +276,11 @@ class ForkingDecoder(Architecture):
         return _unstack(self.blocks, start, end)
 
     def for_decoding(self) -> Self:
-        """Return the model with a list of single blocks in place of their stack.
+        """Return the model with a list of single blocks in place of the stack of blocks.
 
-        A compiled program copies blocks out of their stack each time it runs. Outside of `jit` this
-        method copies them once, and programs that are given the result copy nothing.
+        With stacked blocks, a compiled program copies each block out of the stack whenever it runs.
+        Outside of `jit` this method copies the blocks once, and a program that is given the
+        returned model copies none.
         """
         if self.unstacked is not None:
             return self
@@ -300,11 +301,11 @@ class ForkingDecoder(Architecture):
         return model
 
     def with_policy(self, policy: Policy) -> Self:
-        """Return a model of the same arrays with another policy, for inference.
+        """Return a model with another fork policy, which shares this model's arrays, for inference.
 
         Raises:
             ValueError: The policy tracks a threshold, as `Threshold` does, and the fork layers have
-                none.
+                no threshold.
         """
         return fork_models.with_policy(self, policy)
 
@@ -322,10 +323,10 @@ class ForkingDecoder(Architecture):
         Args:
             streams: Streams before block `start`.
             start: Index of the first block.
-            end: Index behind the last block.
-            geometry: Rotary angles and score attenuation; computed from the streams by default.
+            end: Index of the last block plus 1.
+            geometry: RoPE angles and score attenuation; computed from the streams by default.
             mix: Attention in place of the blocks' own (see `Block.mixing`).
-            visit: Function that reads, and may change, the streams behind each block.
+            visit: Function that captures, and may edit, the streams after each block.
         """
         if start == end:
             return streams

@@ -1,6 +1,6 @@
-"""GGUF files, read with the `gguf` package: config, tensors under Hugging Face names, tokenizer.
+"""Reading of GGUF files: config, tensors under Hugging Face names, and tokenizer.
 
-Quantised tensors are dequantised one at a time. The package is an optional extra.
+Quantised tensors are dequantised one at a time. The `gguf` package is an optional dependency.
 """
 
 from collections.abc import Iterator, Mapping
@@ -48,15 +48,15 @@ YARN_DIALS = [
 
 
 class GGUFFile:
-    """A GGUF file as config.json fields, tensors by Hugging Face name, and a tokenizer.
+    """Reader of a GGUF file: config.json fields, tensors by Hugging Face name, and a tokenizer.
 
     Args:
-        path: GGUF file.
+        path: Path of the GGUF file.
 
     Attributes:
-        path: GGUF file.
-        fields: Fields of a config.json, for `families.config_from_json`.
-        shapes: Shape of every tensor, by Hugging Face name.
+        path: Path of the GGUF file.
+        fields: Fields of the equivalent config.json, for `families.config_from_json`.
+        shapes: Mapping from the Hugging Face name of every tensor to its shape.
 
     Raises:
         ValueError: The `gguf` package is missing, the file is damaged, or it holds a family or an
@@ -72,7 +72,7 @@ class GGUFFile:
         self.path = path
         try:
             self._reader = gguf.GGUFReader(path)
-        except Exception as error:  # whatever its parser trips over
+        except Exception as error:  # the parser raises many kinds of errors
             raise ValueError(f"{path} is cut short or no GGUF file: copy it again") from error
         self._metadata = Fields(
             _Contents(self._reader), str(path), "it is no whole GGUF file", "convert it anew"
@@ -98,7 +98,7 @@ class GGUFFile:
         self.fields = self._config()
 
     def read(self, name: str) -> np.ndarray:
-        """Read one tensor as float32, with channels in Hugging Face's order.
+        """Read one tensor, dequantised to float32, with channels in Hugging Face's order.
 
         Args:
             name: Hugging Face name, a key of `shapes`.
@@ -122,8 +122,8 @@ class GGUFFile:
         """Build the tokenizer from the metadata.
 
         Args:
-            embedding_rows: Number of rows of the model's embedding, above which ids are not used;
-                None for no such bound.
+            embedding_rows: Number of rows of the model's embedding, an upper bound on usable ids;
+                None for no bound.
 
         Raises:
             ValueError: The tokenizer is not a byte-level BPE with a supported pre-tokenizer, or its
@@ -156,8 +156,8 @@ class GGUFFile:
         bos = special["bos"]
         begins = given.flag("tokenizer.ggml.add_bos_token", kind == "llama-bpe")
         kinds = dict(zip(tokens, types, strict=True)) if types else {}
-        # Rows of the embedding that no token has are called [PAD151936] and so on; older files say
-        # that a user has defined them.
+        # Embedding rows without a token are called [PAD151936] and so on; older files mark these
+        # entries as user-defined tokens.
         padding = {
             token
             for id_, (token, kind_) in enumerate(zip(tokens, types, strict=False))
@@ -240,7 +240,7 @@ class GGUFFile:
         return found
 
     def _llama3(self, divisors: np.ndarray, found: dict[str, Any]) -> dict[str, Any]:
-        """The scaling of Llama 3.1 and later, checked against the divisors in `rope_freqs`."""
+        """Return Llama 3.1's RoPE scaling, after a check against the divisors in `rope_freqs`."""
         fields = {"factor": float(divisors.max()), "original_max_position_embeddings": 8192}
         scaling = RopeScaling("llama3", **fields)
         plain = found["rope_theta"] ** (-np.arange(0, found["head_dim"], 2) / found["head_dim"])
@@ -253,7 +253,7 @@ class GGUFFile:
 
 
 class _Contents(Mapping[str, Any]):
-    """The metadata of a GGUF file by key."""
+    """Read-only mapping from the keys of a GGUF file's metadata to their values."""
 
     def __init__(self, reader: Any):
         self._fields = reader.fields
@@ -272,7 +272,7 @@ class _Contents(Mapping[str, Any]):
 
 
 def _hugging_face_name(name: str) -> str | None:
-    """Return the Hugging Face name of a tensor; None for a tensor that is not a weight."""
+    """Return the Hugging Face name of a tensor; None for a tensor that is not a parameter."""
     if name == "rope_freqs.weight":
         return None
     if name in TOP:
@@ -283,6 +283,6 @@ def _hugging_face_name(name: str) -> str | None:
 
 
 def _halves(rows: np.ndarray, head_dim: int) -> np.ndarray:
-    """Move the rotary pairs of each head from neighbouring channels to its two halves."""
+    """Reorder the RoPE channel pairs of each head from neighbouring channels to its two halves."""
     pairs = rows.reshape(-1, head_dim // 2, 2, *rows.shape[1:])
     return pairs.swapaxes(1, 2).reshape(rows.shape)

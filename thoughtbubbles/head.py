@@ -1,9 +1,9 @@
-"""Log-probabilities under a large vocabulary, without an array of the logits of all tokens.
+"""LM head, and target log-probabilities that do not materialize the logits of a large vocabulary.
 
-Both passes process the vocabulary in chunks. The forward pass keeps only the logarithm of the
-normaliser of each position, and the backward pass computes the logits of each chunk again. Each
-chunk has its own rows of the table and of the table's gradient, so no gradient of the table is
-summed over chunks, which on a mesh would take one collective for each chunk.
+Forward and backward pass process the vocabulary in chunks. The forward pass stores only the log of
+the softmax normaliser of each position, and the backward pass recomputes the logits of each chunk.
+Each chunk has its own rows of the kernel and of the kernel's gradient. So the kernel's gradient is
+not summed over chunks, which on a mesh would take one collective for each chunk.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ SMALLEST_CHUNK = 1024
 def head_logits(
     hidden: Float[Array, "... D"], table: Float[Array, "V D"], *, vocab_axis: int = 0
 ) -> Float[Array, "... V"]:
-    """Compute the logits `hidden · table` in float32.
+    """Apply the LM head: compute the logits `hidden · table` in float32.
 
-    As in `placement.product`, a compiler that splits axes of the rows other than the first gathers
-    them, unless axes are explicit.
+    Without `AxisType.Explicit` mesh axes, the leading axes of `hidden` are flattened, as in
+    `placement.product`, so XLA gathers `hidden` if a leading axis but the first is sharded.
 
     Args:
         hidden: Hidden states that predict the next tokens.
-        table: Output embedding `[V, D]`, or `[D, V]` with `vocab_axis=1`, in the type of the
-            hidden states.
-        vocab_axis: Axis of the vocabulary in the table.
+        table: Kernel of the LM head (or tied embedding), `[V, D]`, or `[D, V]` with `vocab_axis=1`,
+            in the dtype of the hidden states.
+        vocab_axis: Index of the vocabulary axis in `table`.
     """
-    # Contracted as it lies: a transposed table would be copied for every decoded token.
+    # No transpose: a transposed table would be copied for every decoded token.
     subscripts = "...d,dv->...v" if vocab_axis else "...d,vd->...v"
     over = functools.partial(jnp.einsum, subscripts, preferred_element_type=jnp.float32)
     if any((*jax.typeof(hidden).sharding.spec, *jax.typeof(table).sharding.spec)):
@@ -58,19 +58,19 @@ def head_log_prob(
     vocab_axis: int = 0,
     chunks: int | None = None,
 ) -> Float[Array, ...]:
-    """Log-probability of one target id at each position, under logits `hidden · table`.
+    """Apply the LM head and log-softmax, and return the log-probability of each target.
 
     Args:
-        hidden: Hidden states that predict the targets.
-        table: Output embedding `[V, D]`, or `[D, V]` with `vocab_axis=1`, in the type of the
-            hidden states.
-        targets: Target ids.
-        vocab_axis: Axis of the vocabulary in the table.
-        chunks: Number of chunks of the vocabulary; by default `num_chunks`. With one chunk all
-            logits are computed at once and kept for the backward pass.
+        hidden: Hidden states `[..., D]`, one for each position.
+        table: Kernel of the LM head (or tied embedding), `[V, D]`, or `[D, V]` with `vocab_axis=1`,
+            in the dtype of the hidden states.
+        targets: Token ids `[...]`, one target for each position.
+        vocab_axis: Index of the vocabulary axis in `table`.
+        chunks: Number of chunks in which the vocabulary is processed; None for `num_chunks`. With
+            one chunk, all logits are computed at once and stored for the backward pass.
 
     Returns:
-        Log-probabilities in float32, equal for any number of chunks up to rounding.
+        Log-probabilities `[...]` float32; `chunks` changes only their rounding.
     """
     if chunks is None:
         chunks = num_chunks(targets.size, table.shape[vocab_axis])
@@ -80,18 +80,18 @@ def head_log_prob(
 
 
 def num_chunks(positions: int, vocab_size: int) -> int:
-    """Number of chunks into which `head_log_prob` splits a vocabulary by default.
+    """Return the number of chunks into which `head_log_prob` splits a vocabulary by default.
 
-    The logits of a chunk have about `LARGEST_LOGITS` bytes or fewer, unless chunks would then have
-    fewer ids than about `SMALLEST_CHUNK`.
+    The logits of a chunk take about `LARGEST_LOGITS` bytes or less, but a chunk has at least about
+    `SMALLEST_CHUNK` token ids.
 
     Args:
-        positions: Number of positions, over all rows and devices.
+        positions: Total number of positions in all rows, over all devices.
         vocab_size: Size of the vocabulary.
     """
     needed = math.ceil(4 * positions * vocab_size / LARGEST_LOGITS)
     chunks = max(min(needed, vocab_size // SMALLEST_CHUNK), 1)
-    # A divisor near by saves padding the table.
+    # A slightly larger number that divides `vocab_size` saves padding the table.
     return next((n for n in range(chunks, 2 * chunks) if vocab_size % n == 0), chunks)
 
 
@@ -112,7 +112,7 @@ def _forward(hidden, table, targets, vocab_axis, chunks):
         picked += jnp.where(_chosen(ids, targets), logits, 0).sum(axis=-1)
         return (higher, total, picked), None
 
-    # Of both, since either may vary over manual axes.
+    # Sum of both, because either may vary over `AxisType.Manual` mesh axes.
     zeros = jnp.zeros_like(targets, jnp.float32) + jnp.zeros_like(hidden[..., 0], jnp.float32)
     parts = _parts(table, vocab_axis, chunks), _ids(vocab_size, chunks)
     (peak, total, picked), _ = jax.lax.scan(add, (zeros - jnp.inf, zeros, zeros), parts)
@@ -141,10 +141,10 @@ _in_chunks.defvjp(_forward, _backward)
 
 
 def _parts(table, vocab_axis, chunks):
-    """Split the table into chunks on a new leading axis.
+    """Split the table into chunks along a new leading axis.
 
-    Chunk `c` has the ids `c`, `c + chunks`, ...: each device of a sharded vocabulary has an equal
-    part of every chunk.
+    Chunk `c` has the ids `c`, `c + chunks`, `c + 2 * chunks` and so on, so that each device of a
+    sharded vocabulary has an equal part of every chunk.
     """
     vocab_size = table.shape[vocab_axis]
     size = -(-vocab_size // chunks)
@@ -154,7 +154,7 @@ def _parts(table, vocab_axis, chunks):
 
 
 def _ids(vocab_size, chunks):
-    """Ids of each chunk, `[chunks, C]`; ids from `vocab_size` on are padding."""
+    """Return the token ids of each chunk, `[chunks, C]`; ids from `vocab_size` on are padding."""
     return jnp.arange(-(-vocab_size // chunks) * chunks).reshape(-1, chunks).T
 
 

@@ -1,12 +1,12 @@
 """Fast kernels for score-attenuated attention: splash attention on TPUs, cuDNN on GPUs.
 
-Both kernels compute what `attention.attend` computes, from the same arguments, without an array of
-slots by slots. Neither kernel supports a bias per key that has a gradient, so the bias becomes two
-channels of the keys: with `q' = [q / sqrt(K), 1, 1]` and `k' = [k, high, low]`,
+Both kernels compute the same function of the same arguments as `attention.attend`, without an array
+`[S, S]`. Neither kernel supports a differentiable bias per key, so the bias is passed as two extra
+key channels: with `q' = [q / sqrt(K), 1, 1]` and `k' = [k, high, low]`,
 `q'·k' = q·k / sqrt(K) + bias`. `high` is the bias rounded to bfloat16 and `low` the remainder,
 because a single bfloat16 channel would change a log-score of -20 by up to 0.06. Accumulated in
-float32, the two channels give 16 bits of the bias if keys are bfloat16, and the exact bias if they
-are float32. The gradient of the bias is the gradient of `low`, whose derivative is 1.
+float32, the two channels represent 16 bits of the bias with bfloat16 keys, and the exact bias with
+float32 keys. The gradient of the bias is the gradient of `low`, whose derivative is 1.
 """
 
 import functools
@@ -35,14 +35,14 @@ def attend_splash(
     *,
     interpret: bool = False,
 ) -> jax.Array:
-    """Compute `attention.attend` by a Pallas kernel for TPUs (jax's splash attention).
+    """Compute `attention.attend` with a Pallas kernel for TPUs (JAX's splash attention).
 
-    Blocks of keys above the diagonal are skipped. XLA can't partition the kernel, so call it under
-    `jax.shard_map` on a mesh.
+    Blocks of keys above the diagonal are skipped. XLA can't partition the kernel, so on a mesh call
+    this function under `jax.shard_map`.
 
     Args:
         query: `[B, S, H, K]` queries, float32 or bfloat16.
-        key: `[B, S, G, K]` keys, where `G` divides `H`.
+        key: `[B, S, G, K]` keys of `G` heads, where `G` divides `H` (grouped-query attention).
         value: `[B, S, G, K]` values.
         bias: `[B, S]` float32 bias of each key, added to the logits after their division by
             sqrt(K). None adds nothing.
@@ -56,7 +56,7 @@ def attend_splash(
     query, key = _with_bias_channels(query, key, bias)
     block = splash_block(slots)
     padding = ((0, 0), (0, 0), (0, -slots % block), (0, 0))
-    # Padding stands last, so that causality hides its keys.
+    # Padding comes last, so that the causal mask hides its keys.
     heads_first = [jnp.pad(x.swapaxes(1, 2), padding) for x in (query, key, value)]
     kernel = _splash_kernel(slots + padding[2][1], heads, block, interpret)
     return jax.vmap(kernel)(*heads_first)[:, :, :slots].swapaxes(1, 2)
@@ -65,8 +65,8 @@ def attend_splash(
 def splash_block(slots: int) -> int:
     """Return the number of queries, and of keys, that the TPU kernel processes in one block.
 
-    It is 128 for a row of at most 128 slots. For a longer row it is 512, 384 or 256: whichever
-    needs the least padding, and the largest of equally good sizes.
+    The number is 128 for a row of at most 128 slots. For a longer row it is the size among 512,
+    384 and 256 that needs the least padding, or the largest of equally good sizes.
     """
     if slots <= LANES:
         return LANES
@@ -84,7 +84,7 @@ def _splash_kernel(slots: int, heads: int, block: int, interpret: bool):
         block_kv_dq=block,
     )
     causal = masks.MultiHeadMask([masks.CausalMask((slots, slots))] * heads)
-    # As NumPy arrays its block lists belong to no trace, no device and no mesh.
+    # As NumPy arrays, the kernel's block lists are bound to no trace, device or mesh.
     with jax.ensure_compile_time_eval():
         kernel = splash.make_splash_mha(
             causal, block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret
@@ -100,28 +100,28 @@ def attend_cudnn(
     *,
     implementation: Literal["cudnn", "xla"] = "cudnn",
 ) -> jax.Array:
-    """Compute `attention.attend` by cuDNN's flash attention, for NVIDIA GPUs.
+    """Compute `attention.attend` with cuDNN's flash attention, for NVIDIA GPUs.
 
-    cuDNN needs a head width that is a multiple of 8 and the same for keys and values. So queries,
-    keys and values are padded with zeros to the next multiple of 8, from `K + 2` channels if there
-    is a bias and from `K` otherwise.
+    cuDNN requires the same head width for keys and values, a multiple of 8. So the channels of
+    queries, keys and values are zero-padded to the next multiple of 8: of `K + 2` with a bias, of
+    `K` without.
 
     Args:
         query: `[B, S, H, K]` queries, bfloat16 or float16; the padded width is at most 128, or 256
             from compute capability 9.0 on.
-        key: `[B, S, G, K]` keys, where `G` divides `H`.
+        key: `[B, S, G, K]` keys of `G` heads, where `G` divides `H` (grouped-query attention).
         value: `[B, S, G, K]` values.
         bias: `[B, S]` float32 bias of each key, added to the logits after their division by
             sqrt(K). None adds nothing.
-        implementation: Implementation of the attention. "xla" runs on any platform but makes arrays
-            of slots by slots; it is for tests.
+        implementation: Implementation of the attention. "xla", for tests, runs on any platform but
+            materializes arrays `[B, H, S, S]`.
 
     Returns:
         Attention output `[B, S, H, K]`.
 
     Raises:
-        RuntimeError: The GPU's cuDNN is missing, or can't run this type or width.
-        ValueError: JAX does not support this type or width with cuDNN.
+        RuntimeError: cuDNN is missing, or can't run this dtype or width on this GPU.
+        ValueError: JAX does not support this dtype or width with cuDNN.
     """
     width = query.shape[3]
     query, key = _with_bias_channels(query, key, bias)
@@ -140,7 +140,7 @@ def _with_bias_channels(query, key, bias):
     query = query * query.shape[3] ** -0.5
     if bias is None:
         return query, key
-    # Not a cast there and back, which XLA may take for nothing.
+    # Not a cast to bfloat16 and back, which XLA may remove.
     high = jax.lax.stop_gradient(jax.lax.reduce_precision(bias, exponent_bits=8, mantissa_bits=7))
     parts = jnp.stack([high, bias - high], axis=-1)[:, :, None]
     # Cast after the broadcast, so that the gradient is summed over heads in float32.

@@ -1,4 +1,4 @@
-"""Attention, MLP, Block and Fork: thin NNX modules that own the parameters."""
+"""NNX modules of a decoder block and of a fork layer: Attention, MLP, Block and Fork."""
 
 from __future__ import annotations
 
@@ -49,12 +49,12 @@ Mix = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, repr=False)
 class Geometry(ShortRepr):
-    """Rotary angles and score factors that blocks need besides residuals; only forks change them.
+    """RoPE angles and score factors of the streams, the same in all blocks between two fork layers.
 
     Attributes:
-        cos: `[B, S, K/2]` float32 cosines of the rotary angles.
-        sin: `[B, S, K/2]` float32 sines of the rotary angles.
-        key_bias: `[B, S]` float32 bias of each key, added to attention logits; None adds nothing.
+        cos: `[B, S, K/2]` float32 cosines of the RoPE angles.
+        sin: `[B, S, K/2]` float32 sines of the RoPE angles.
+        key_bias: `[B, S]` float32 bias that the logits of a key get in attention; None means 0.
         value_scale: `[B, S]` float32 factor of each attention value; None means 1.
         write_scale: `[B, S]` float32 factor of each stream's residual updates; None means 1.
     """
@@ -67,7 +67,7 @@ class Geometry(ShortRepr):
 
     @classmethod
     def of(cls, streams: Streams, config: ModelConfig, max_tokens: int | None = None) -> Geometry:
-        """Compute rotary angles (App. D) and score attenuation (eqs. 8-10) of streams."""
+        """Compute the RoPE angles (App. D) and score factors (eqs. 8-10) of streams."""
         position, offset = streams.split_positions(config.fractional_positions)
         bound = max_tokens if streams.continued else streams.num_tokens
         sizes = config.head_width, config.rope_base, config.rope_scaling
@@ -84,7 +84,7 @@ class Geometry(ShortRepr):
         )
 
     def where(self, rotary: jax.Array | bool | None) -> Geometry:
-        """Return the geometry for one block, with rotary angles of 0 if `rotary` is false."""
+        """Return the geometry of one block, with RoPE angles of 0 if `rotary` is false."""
         if rotary is None:
             return self
         return dataclasses.replace(
@@ -96,7 +96,7 @@ class Attention(Module):
     """Causal score-attenuated multi-head or grouped-query attention over streams (eq. 8).
 
     Attributes:
-        adapters: Adapters of the layers `q`, `k`, `v`, `o` (`Backbone.apply_lora`), or None.
+        adapters: Mapping from linear layer (`q`, `k`, `v`, `o`) to its LoRA adapter, or None.
     """
 
     def __init__(
@@ -131,7 +131,7 @@ class Attention(Module):
     def __call__(
         self, x: Float[Array, "B S D"], geometry: Geometry, mix: Mix
     ) -> tuple[Float[Array, "B S D"], Any]:
-        """Return the update `[B, S, D]` for normalised residuals, and `mix`'s second result."""
+        """Return the residual update for normalised residuals `x`, and the aux value of `mix`."""
         query = self._project(x, "q", self.q_bias)
         key = self._project(x, "k", self.k_bias)
         value = self._project(x, "v", self.v_bias)
@@ -155,7 +155,7 @@ class MLP(Module):
     """MLP of a block: `down(gelu(up(x)))`, or `down(silu(gate(x)) * up(x))` for SwiGLU.
 
     Attributes:
-        adapters: Adapters of the layers `up`, `gate`, `down` (`Backbone.apply_lora`), or None.
+        adapters: Mapping from linear layer (`up`, `gate`, `down`) to its LoRA adapter, or None.
     """
 
     def __init__(
@@ -181,7 +181,7 @@ class MLP(Module):
         self.adapters: Mapping[str, Any] | None = nnx.data(None)
 
     def __call__(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
-        """Return the residual update `[B, S, D]` for normalised residuals `x`."""
+        """Return the residual update for normalised residuals `x`."""
         hidden = self._linear(x, "up", self.up_bias)
         if self.gate is None:
             hidden = jax.nn.gelu(hidden, approximate=True)
@@ -197,16 +197,16 @@ class MLP(Module):
 class Block(Module):
     """Pre-norm decoder block over streams.
 
-    Scores scale what attention and the MLP add to the residuals (arXiv 2510.00219, eqs. 9-10).
+    Each stream's score scales its updates by attention and MLP (arXiv 2510.00219, eqs. 9-10).
 
     Args:
         config: Sizes and options; its `dtype` is the dtype of the computation.
-        rngs: Random keys of the initial values.
+        rngs: PRNG keys to initialise the parameters.
         attend: Attention function, such as a kernel of `thoughtbubbles.kernels`.
         kernel_init: Initializer of all kernels, called with shape `(inputs, outputs)`. By default
-            kernels are normal with standard deviation 0.02, or 0.02 / sqrt(2 * num_layers) where
-            they write to the residuals.
-        param_dtype: Type of the parameters.
+            kernels are sampled from a normal distribution with standard deviation 0.02, or
+            0.02 / sqrt(2 * num_layers) for the output projections `o` and `down`.
+        param_dtype: Dtype of the parameters.
     """
 
     def __init__(
@@ -229,11 +229,11 @@ class Block(Module):
         self.mlp = MLP(config, **options)
 
     def __call__(self, streams: Streams, geometry: Geometry | None = None) -> Streams:
-        """Apply the block to streams, which stay in their slots.
+        """Apply the block; every stream keeps its slot.
 
         Args:
             streams: Streams before the block.
-            geometry: Geometry of the streams; None computes it.
+            geometry: RoPE angles and score factors of the streams; None computes both.
 
         Raises:
             ValueError: The input is not a `Streams`, or its width is not `embed_dim`.
@@ -245,16 +245,16 @@ class Block(Module):
         return self.mixing(streams, geometry, lambda q, k, v: (self.attend(q, k, v, bias), None))[0]
 
     def mixing(self, streams: Streams, geometry: Geometry, mix: Mix) -> tuple[Streams, Any]:
-        """Apply the block with `mix` in place of its attention, such as attention over a cache.
+        """Apply the block with `mix` as its attention function, such as attention over a KV cache.
 
         Args:
             streams: Streams before the block.
-            geometry: Geometry of the streams.
-            mix: Function of rotated queries `[B, S, H, K]`, rotated keys `[B, S, G, K]` and scaled
-                values `[B, S, G, K]` that returns the output `[B, S, H, K]` and a second result.
+            geometry: RoPE angles and score factors of the streams.
+            mix: Function of rotated queries `[B, S, H, K]`, rotated keys and scaled values (both
+                `[B, S, G, K]`, `G` KV heads) that returns `[B, S, H, K]` and any aux value.
 
         Returns:
-            Streams after the block, and the second result of `mix`.
+            Streams after the block, and the aux value of `mix`.
         """
         x = streams.x
         with jax.named_scope("attention"):
@@ -271,23 +271,23 @@ class Block(Module):
 
 
 class Fork(Module):
-    """Fork layer: scores both candidates of every stream and lets the policy choose.
+    """Fork layer: score the fork and keep candidates of each stream; a policy chooses which live.
 
-    These are eqs. 1-6 of arXiv 2510.00219. Scores are computed in float32 whatever the dtypes.
+    It computes eqs. 1-6 of arXiv 2510.00219. Scores are always computed in float32.
 
     Args:
         embed_dim: Width `D` of the residuals.
         policy: Policy that chooses the candidates to keep.
-        norm: Kind of the norm before the scores' linear layer.
+        norm: Kind of the norm before the linear layer that computes the scores.
         norm_eps: Epsilon of the norm.
         norm_bias: Whether the norm has a bias (LayerNorm only).
         embedding: Whether a learned vector is added to every fork; false only for ablations.
         forced_keep: Whether originals are always kept; false only for ablations.
-        score_originals: Whether originals have a learned score, as in the paper, in place of 1.
-        gate: Initial value of a learned gate that scales the scores of forks; None has no gate.
-        rngs: Random keys of the initial values.
+        score_originals: Whether the keep score of originals is learned (the paper) instead of 1.
+        gate: Initial value of a learned scalar that scales the scores of forks; None for no gate.
+        rngs: PRNG keys to initialise the parameters.
         dtype: Dtype of the residuals after the fork layer; None keeps their dtype.
-        param_dtype: Type of the parameters.
+        param_dtype: Dtype of the parameters.
         kernel_init: Initializer of the score kernel, called with shape `(D, 2)`; by default normal
             with standard deviation 0.02.
 
@@ -335,16 +335,16 @@ class Fork(Module):
     def __call__(
         self, streams: Streams, *, track: bool = False, key: jax.Array | None = None
     ) -> Streams:
-        """Fork streams: the `S` slots of a row become `min(2 * S, capacity(T))`.
+        """Fork the streams; each row then has `min(2 * S, policy.capacity(T))` slots.
 
         Args:
             streams: Streams before the fork layer.
             track: Whether to update the threshold that the policy tracks, as in training.
-            key: Random key for the policy's exploration in training; None does not explore.
+            key: PRNG key for the policy's exploration in training; None does not explore.
 
         Raises:
-            ValueError: The input is not a `Streams`, its width is not `embed_dim`, or it is a later
-                part of a row (use `extend`).
+            ValueError: The input is not a `Streams`, its width is not `embed_dim`, or it was
+                started with `first`, after earlier tokens of its rows (use `extend`).
         """
         self._check(streams)
         if streams.continued:
@@ -366,8 +366,8 @@ class Fork(Module):
 
         Args:
             batch: Number of rows.
-            max_tokens: Number of tokens that fit into a row.
-            before: State of the previous fork layer of the model; None for the first one.
+            max_tokens: Maximum number of tokens in a row.
+            before: State of the model's previous fork layer; None for the first fork layer.
 
         Raises:
             ValueError: The policy is not causal, a size is below 1, or `before` has other sizes.
@@ -377,24 +377,24 @@ class Fork(Module):
     def extend(
         self, streams: Streams, cache: ForkCache, *, fresh: bool = False
     ) -> tuple[Streams, KVSlots, ForkCache]:
-        """Fork the next tokens of rows whose earlier tokens were forked in earlier calls.
+        """Fork the next tokens of rows whose earlier tokens were forked in previous calls.
 
-        However a row is split into calls, its streams are those of one call over the whole row.
-        Under `jit`, where lengths are unknown, a row that outgrows the cache or is not continued by
-        these streams gets residuals of NaN, in all later calls too.
+        Calls on consecutive parts of a row give the same streams as one call on the whole row.
+        Under `jit`, where lengths are unknown, a row gets NaN residuals, in all later calls too, if
+        it outgrows the cache or `streams.first` is not its number of cached tokens.
 
         Args:
-            streams: Streams of the next tokens, which follow `streams.first` earlier ones.
+            streams: Streams of the next tokens (`Streams.start` with `first`).
             cache: State after the earlier tokens.
-            fresh: Static promise that there are no earlier tokens, which makes the pass faster.
+            fresh: Static promise that there are no earlier tokens, which makes the call faster.
 
         Returns:
-            Streams after the fork layer, the slots that they take in the key-value caches of the
-            following blocks, and the state after these tokens.
+            Streams after the fork layer, their slots in the KV caches of the following blocks, and
+            the state of the fork layer after these tokens.
 
         Raises:
-            ValueError: The streams do not continue the cached rows, the cache is too small, or it
-                was made for another fork layer.
+            ValueError: The streams do not continue the cached rows, the cache is too small, or the
+                cache was made for another fork layer.
         """
         self._check(streams)
         check_next(self.policy, streams, cache, fresh)
@@ -404,11 +404,11 @@ class Fork(Module):
     def advance(
         self, streams: Streams, cache: ForkCache, *, fresh: bool = False
     ) -> tuple[Streams, KVSlots, ForkCache]:
-        """Do the same as `extend` without its checks, for lengths that were checked."""
+        """Do the same as `extend` without its checks; the caller has checked the lengths."""
         candidates, cache = self.candidates(streams), placed_beside(cache, streams.x)
         policy, state, num_tokens = cast(CausalPolicy, self.policy), cache.state, cache.max_tokens
         if fresh:
-            # As large as these tokens need, because ranking looks at the whole state.
+            # A state that is just large enough for these tokens: ranking scans the whole state.
             num_tokens = min(streams.num_tokens, num_tokens)
             state = placed_beside(policy.init_state(*candidates.token.shape), streams.x)
         keep, state = policy.keep_next(candidates, state)
@@ -420,7 +420,7 @@ class Fork(Module):
         check_streams(streams, unquantised(self.score.get_value()).shape[0], "a fork layer")
 
     def candidates(self, streams: Streams) -> Candidates:
-        """Score the two candidates of each stream, among which the policy chooses."""
+        """Compute the scores of each stream's fork and keep candidates, the input of the policy."""
         # Norm and scores are computed in float32, because bfloat16 scores would often tie.
         hidden = self.norm(streams.x.astype(jnp.float32))
         score = unquantised(self.score.get_value()).astype(jnp.float32)
@@ -444,6 +444,6 @@ class Fork(Module):
 
 
 def norm_of(config: ModelConfig, param_dtype: Dtype = jnp.float32) -> Norm:
-    """Make a norm of the residuals, of the kind that the config names."""
+    """Make a norm over residuals, LayerNorm or RMSNorm as the config says."""
     bias, eps = config.biases == "all", config.norm_eps
     return Norm(config.embed_dim, config.norm, bias=bias, eps=eps, param_dtype=param_dtype)

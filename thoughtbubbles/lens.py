@@ -1,9 +1,9 @@
 """Lenses: what each stream, and each token, would predict if the model ended at a site.
 
-`logit_lens` reads activations through the model's own final norm and head, `embedding_similarity`
-by their cosine to the embeddings of tokens. Sites are read one after the other, so that only the
-logits of one site are in memory. If the model forks, each stream is read by itself, and the streams
-of a token are read together after the model's own merge.
+`logit_lens` decodes activations with the model's own final norm and LM head;
+`embedding_similarity` compares activations with token embeddings by cosine. Sites are decoded one
+at a time, so that only the logits of one site are in memory. In a model with forks, each stream is
+decoded by itself, and the streams of each token also together, after the model's own merge.
 """
 
 from __future__ import annotations
@@ -59,16 +59,18 @@ __all__ = [
 
 
 class TopTokens(NamedTuple):
-    """The top token ids that a lens reads, and the values of watched ids.
+    """The token ids that a lens ranks highest, and the values of ids chosen by the caller.
 
-    Values are log-probabilities (`logit_lens`) or cosines (`embedding_similarity`). The axes `...`
-    are `[B, S]` for slots, `[B, T]` for tokens and `[B]` for means over positions.
+    The value of a token id is its log-probability (`logit_lens`) or its cosine
+    (`embedding_similarity`). The axes `...` are `[B, S]` for slots, `[B, T]` for tokens and `[B]`
+    for means over positions. `top` and `watch` are arguments of the lens.
 
     Attributes:
-        ids: `[..., K]` int32, token ids with the `K` largest values, in descending order.
-        value: `[..., K]` float32, values of `ids`.
-        watched: `[..., W]` float32, values of the `W` watched ids; `W` is 0 if none is watched.
-        rank: `[..., W]` int32, number of ids with a larger value than each watched id.
+        ids: `[..., top]` int32, token ids with the largest values, in descending order.
+        value: `[..., top]` float32, values of `ids`.
+        watched: `[..., W]` float32, values of the `W` ids in `watch`; `W` is 0 without `watch`.
+        rank: `[..., W]` int32, number of token ids whose value is larger than that of each id in
+            `watch`: 0 for the top id.
     """
 
     ids: jax.Array
@@ -82,15 +84,15 @@ class TopTokens(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, repr=False)
 class Reading(ShortRepr):
-    """The readings of a lens at one site.
+    """Result of a lens at one site.
 
     Attributes:
         rows: Token, score and parent of each slot of the site.
-        streams: Reading of each slot, `[B, S, ...]`.
-        tokens: Reading of each token, `[B, T, ...]`, whose streams the model's own merge combines.
+        streams: Top tokens of each slot, `[B, S, ...]`.
+        tokens: Top tokens of each token's merged streams (by the model's merge), `[B, T, ...]`.
         divergence: `[B, S]` float32, Jensen-Shannon divergence in nats (at most ln 2) between the
-            predictions of a stream and of its parent: what the fork changed. 0 for a stream without
-            a living parent, and in all readings of `embedding_similarity`.
+            predictions of a stream and of its parent, a measure of what the fork changed. It is 0
+            for a stream without a living parent, and always in `embedding_similarity`.
     """
 
     rows: Rows
@@ -102,12 +104,13 @@ class Reading(ShortRepr):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, repr=False)
 class TunedLens(ShortRepr):
-    """Affine maps from residuals at sites to residuals before the final norm (arXiv 2303.08112).
+    """Affine map of each site from its residuals to residuals before the final norm (2303.08112).
+
+    The map of site `n` replaces a residual `x` by `x + x @ weight[n] + bias[n]`.
 
     Attributes:
-        weight: `[N, D, D]` float32; the residual `x` of site `n` becomes
-            `x + x @ weight[n] + bias[n]`.
-        bias: `[N, D]` float32.
+        weight: `[N, D, D]` float32 matrices of the maps of `N` sites.
+        bias: `[N, D]` float32 biases of the maps.
         sites: Names of the `N` sites (static).
     """
 
@@ -117,12 +120,12 @@ class TunedLens(ShortRepr):
 
     @classmethod
     def identity(cls, sites: Sequence[str], embed_dim: int) -> TunedLens:
-        """Return maps that change nothing, which give the plain logit lens."""
+        """Return identity maps for the given sites; with them, a tuned lens is the logit lens."""
         shape = len(sites), embed_dim
         return cls(jnp.zeros((*shape, embed_dim)), jnp.zeros(shape), tuple(sites))
 
     def of_sites(self, sites: Sequence[str]) -> tuple[jax.Array, jax.Array]:
-        """Return weights `[M, D, D]` and biases `[M, D]` for `M` sites, 0 if unknown."""
+        """Return weights `[M, D, D]` and biases `[M, D]` of `M` sites, 0 for one without a map."""
         found = [self.sites.index(site) if site in self.sites else -1 for site in sites]
         chosen = [
             (self.weight[i], self.bias[i]) if i >= 0 else
@@ -134,7 +137,7 @@ class TunedLens(ShortRepr):
 
 
 def translated(x: Float[Array, "... D"], affine: Any) -> Float[Array, "... D"]:
-    """Apply a tuned lens's `(weight, bias)` to residuals, in float32; None changes nothing."""
+    """Apply one site's `(weight, bias)` of a tuned lens to residuals `x`; None changes nothing."""
     if affine is None:
         return x
     weight, bias = affine
@@ -152,21 +155,21 @@ def logit_lens(
     watch: Int[Array, " W"] | Sequence[int] | None = None,
     tuned: TunedLens | None = None,
 ) -> OrderedDict[str, Reading]:
-    """Read each site by the final norm and head (the logit lens of nostalgebraist, 2020).
+    """Decode each site with the final norm and LM head (the logit lens of nostalgebraist, 2020).
 
-    At the last site, the reading of tokens is the model's own output distribution.
+    At the last site, `Reading.tokens` describes the model's own output distribution.
 
     Args:
         model: Model with sites.
         tokens: Token ids `[B, T]` int32, or vectors `[B, T, D]` in their place.
         mask: Whether each token is real, `[B, T]` bool; padding may stand on either side.
-        sites: Names of the sites to read; all of the model by default.
-        top: Number `K` of most probable ids to return.
+        sites: Names of the sites to decode; all sites of the model by default.
+        top: Number of most probable token ids to return.
         watch: Token ids `[W]` int32 whose log-probability and rank to return; none by default.
-        tuned: Affine maps of a tuned lens; the plain logit lens by default.
+        tuned: Affine maps of a tuned lens; None for the plain logit lens.
 
     Returns:
-        A `Reading` by site, in the order of the forward pass.
+        Mapping from site name to its `Reading`, in the order of the forward pass.
 
     Raises:
         ValueError: The model has no sites or lacks one of `sites`, `top` is not from 1 to `V`, the
@@ -204,10 +207,10 @@ def embedding_similarity(
 ) -> OrderedDict[str, Reading]:
     """Compute cosines between activations and the embeddings of all tokens, at each site.
 
-    It needs no head, so it also reads vectors that are not predictions, such as latents. The
-    reading of a token uses the sum of its streams weighted by their scores, or its original alone
-    if the model's merge is "rightmost". Arguments, result and errors are as in `logit_lens`, with
-    cosines as values.
+    Because no LM head is used, this lens suits vectors that predict no token, such as latents.
+    `Reading.tokens` uses the score-weighted sum of a token's streams, or the token's original alone
+    if the model's merge is "rightmost". Arguments, result and errors are those of `logit_lens`, but
+    the values in `TopTokens` are cosines.
     """
     return _embedding_similarity(
         model, tokens, mask, sites=_names(sites), top=top, watch=_ids(watch)
@@ -233,23 +236,23 @@ def mean_lens(
     tuned: TunedLens | None = None,
     cosine: bool = False,
 ) -> OrderedDict[str, TopTokens]:
-    """Average the readings of tokens over chosen positions of each row (arXiv 2510.01070).
+    """Average a lens's probabilities or cosines over chosen tokens of each row (arXiv 2510.01070).
 
     Args:
         model: Model with sites.
         tokens: Token ids `[B, T]` int32, or vectors `[B, T, D]` in their place.
-        positions: Whether to average over each token, `[B, T]` bool; such as over the control
-            tokens of a turn. Padding is left out.
+        positions: Whether each token belongs to the average, `[B, T]` bool, such as the control
+            tokens of a turn. Padding never belongs to it.
         mask: Whether each token is real, `[B, T]` bool; padding may stand on either side.
-        sites: Names of the sites to read; all of the model by default.
-        top: Number `K` of ids with the largest values to return.
+        sites: Names of the sites to decode; all sites of the model by default.
+        top: Number of token ids with the largest values to return.
         watch: Token ids `[W]` int32 whose value and rank to return; none by default.
-        tuned: Affine maps of a tuned lens; the plain logit lens by default.
-        cosine: Whether to average cosines to embeddings, in place of probabilities.
+        tuned: Affine maps of a tuned lens; None for the plain logit lens.
+        cosine: Whether to average cosines to token embeddings instead of probabilities.
 
     Returns:
-        A `TopTokens` with leading axis `[B]` by site. Its values are logarithms of mean
-        probabilities, or mean cosines, and NaN for rows without a chosen position.
+        Mapping from site name to a `TopTokens` with leading axis `[B]`. Values are logarithms of
+        mean probabilities, or mean cosines, and NaN for a row without a chosen token.
 
     Raises:
         ValueError: `positions` is not `[B, T]`, or an argument is refused as in `logit_lens`.
@@ -325,13 +328,13 @@ def by_site(
     """Apply a function to each site, in one compiled loop over consecutive sites of equal shapes.
 
     Args:
-        found: Streams and lineage by site, as `record` returns them.
+        found: Mapping from site to its streams and lineage, as `record` returns it.
         tuned: Affine maps of a tuned lens, or None.
         read: Function of the streams, the lineage and the affine map `(weight, bias)` of a site;
             the map is None without a tuned lens.
 
     Returns:
-        Result of the function by site.
+        Mapping from site to the result of `read`.
 
     Raises:
         ValueError: The tuned lens has another width than the residuals.
@@ -358,7 +361,7 @@ def by_site(
 def _log_probs(
     model: SitedModel, streams: Streams, affine: Any
 ) -> tuple[Float[Array, "B S V"], Float[Array, "B T V"]]:
-    """Log-probabilities by each stream, and by the streams of a token together."""
+    """Log-probabilities predicted by each stream, and by the merged streams of each token."""
     streams = streams.replace(x=translated(streams.x, affine))
     own = jax.nn.log_softmax(model.decode(streams.x).astype(jnp.float32))
     if one_per_token(streams):
@@ -369,7 +372,7 @@ def _log_probs(
 def _cosines(
     model: SitedModel, table: jax.Array, streams: Streams, affine: Any
 ) -> tuple[Float[Array, "B S V"], Float[Array, "B T V"]]:
-    """Cosines of each stream to the rows of a table of unit norm, and of the merged residual."""
+    """Cosines of each stream, and of each token's merged streams, to unit rows of a table."""
     cosine = lambda x: jnp.einsum("bsd,vd->bsv", _normed(x), table)  # noqa: E731
     own = cosine(streams.x)
     if one_per_token(streams):
@@ -393,13 +396,13 @@ def _top(values: jax.Array, top: int, watch: jax.Array | None) -> TopTokens:
     rank = jax.lax.map(
         lambda index: (values > jnp.take(values, index, axis=-1)[..., None]).sum(axis=-1), watch
     )
-    # No number, of an id outside the vocabulary or of a row without positions, ranks last.
+    # NaN, of an id outside the vocabulary or of a row without positions, ranks last.
     rank = jnp.where(jnp.isnan(watched), values.shape[-1], jnp.moveaxis(rank, 0, -1))
     return TopTokens(ids, best, watched, rank)
 
 
 def _divergence(log_probs: Float[Array, "B S V"], lineage: Lineage) -> Float[Array, "B S"]:
-    """Jensen-Shannon divergence between each stream and its parent."""
+    """Jensen-Shannon divergence between the predictions of each stream and of its parent."""
     parent = jnp.maximum(lineage.parent, 0)[..., None]
     theirs = jnp.take_along_axis(log_probs, parent, axis=1)
     middle = jnp.logaddexp(log_probs, theirs) - jnp.log(2.0)

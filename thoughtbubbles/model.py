@@ -1,4 +1,4 @@
-"""Thoughtbubbles: the forking decoder with its cache, its backbone and its statistics."""
+"""The `Thoughtbubbles` model: a forking decoder with cache, LoRA backbone and statistics."""
 
 from __future__ import annotations
 
@@ -21,17 +21,18 @@ from thoughtbubbles.streams import Streams
 class Thoughtbubbles(ForkingDecoder):
     """A causal decoder whose residual streams fork (arXiv 2510.00219).
 
-    All blocks are stacked along a leading `layers` axis, wherever the fork layers are. So the
-    blocks of a plain decoder fit a forking model.
+    The parameters of all blocks are stacked along a leading `layers` axis, whatever the positions
+    of the fork layers, so a forking model can load the blocks of a plain decoder.
 
     Args:
         config: Sizes and options of the model.
-        rngs: Random keys of the initial values.
+        rngs: PRNG keys to initialise the parameters.
         constrain: Function applied to every residual array `[B, S, D]` between blocks; a trainer
             passes the sharding constraint of its mesh.
-        attend: Attention of the blocks; a trainer passes the kernel of its devices. The default is
-            `thoughtbubbles.attention.attend`.
-        kernel_init: Initializer of the kernels of blocks, fork layers and an untied head (`Block`).
+        attend: Attention function of the blocks, such as a kernel for the trainer's devices. The
+            default is `thoughtbubbles.attention.attend`.
+        kernel_init: Initializer of the kernels of blocks, fork layers and an untied LM head; see
+            `Block`.
         param_dtype: Dtype of the parameters; the computation uses the config's `dtype`.
 
     Raises:
@@ -70,7 +71,7 @@ class Thoughtbubbles(ForkingDecoder):
         return Backbone(self).merge_lora(deltas)
 
     def init_cache(self, batch: int, max_tokens: int) -> Cache:
-        """Return an empty cache of `batch` rows with room for `max_tokens` tokens each."""
+        """Return an empty cache of `batch` rows with a capacity of `max_tokens` tokens each."""
         return init_cache(self, batch, max_tokens)
 
     def advance(
@@ -80,12 +81,12 @@ class Thoughtbubbles(ForkingDecoder):
         return advance(self, self.layers(), cache, x, length, fresh)
 
     def backbone(self) -> Backbone:
-        """Return the model as a decoder over vectors."""
+        """Return the model as a decoder from vectors to hidden states, with LoRA support."""
         return Backbone(self)
 
     @property
     def takes_positions(self) -> bool:
-        """Whether `hidden_states` takes `positions` and `visible`: without forks and copies."""
+        """Whether `hidden_states` supports `positions` and `visible` (no fork layers or copies)."""
         return not self.config.fork_layers and self.config.copies == 1
 
     @property
@@ -95,7 +96,7 @@ class Thoughtbubbles(ForkingDecoder):
 
     @property
     def cacheable(self) -> bool:
-        """Whether the policy is causal and has the methods that a cache needs."""
+        """Whether the model can decode with a cache: its policy is causal and a `CausalPolicy`."""
         return fork_models.cacheable(self.config)
 
     def check_cacheable(self) -> None:
@@ -103,7 +104,7 @@ class Thoughtbubbles(ForkingDecoder):
         fork_models.check_cacheable(self.config)
 
     def statistics(self, output: Output) -> dict[str, jax.Array]:
-        """Sum fork statistics over the batch, by fork layer (`statistics.fork_statistics`)."""
+        """Count the batch's tokens and streams after each fork layer (`fork_statistics`)."""
         return statistics.fork_statistics(output)
 
     def row_statistics(self, output: Output) -> dict[str, jax.Array]:
@@ -112,17 +113,17 @@ class Thoughtbubbles(ForkingDecoder):
 
     @classmethod
     def tracked_statistics(cls, tracked: Any) -> dict[str, jax.Array]:
-        """Return `threshold [F]` of the `F` fork layers; an empty dict if none is tracked."""
+        """Return `threshold [F]`, tracked in `F` fork layers; an empty dict if none is tracked."""
         return statistics.thresholds(tracked)
 
     @classmethod
     def step_metrics(cls, config: ModelConfig, sums: Mapping[str, Any]) -> dict[str, Any]:
-        """Compute metrics of each fork layer from the sums (`statistics.readable`)."""
+        """Compute metrics of each fork layer from summed statistics (`statistics.readable`)."""
         return statistics.readable(sums, config.fork_layers)
 
     @classmethod
     def step_histograms(cls, config: ModelConfig, sums: Mapping[str, Any]) -> dict[str, Any]:
-        """Return samples of the scores of all streams, by fork layer, for histograms."""
+        """Return the scores of all streams for a histogram of each fork layer."""
         return statistics.score_samples(sums, config.fork_layers)
 
 

@@ -1,4 +1,4 @@
-"""NNX modules that show their constructors' arguments in `help()` and editors."""
+"""Base class of NNX modules whose `help()` shows constructor arguments, and abstract modules."""
 
 import inspect
 from collections.abc import Callable
@@ -14,7 +14,7 @@ class _Constructor:
     """Descriptor that returns a class's constructor signature, which Flax's metaclass hides."""
 
     def __get__(self, instance: Any, owner: type) -> inspect.Signature | None:
-        if instance is not None:  # whose call is another one
+        if instance is not None:  # an instance's call has the signature of __call__
             return None
         if owner.__init__ is object.__init__:
             return inspect.Signature()
@@ -29,10 +29,10 @@ class Module(nnx.Module):
 
 
 def abstract_module(build: Callable[[], Built]) -> Built:
-    """Build a module abstractly: its variables hold shapes and dtypes and no arrays.
+    """Build a module abstractly: its variables hold shapes and dtypes instead of arrays.
 
-    `nnx.eval_shape` alone would look up the names of the parameters' axes in a surrounding mesh,
-    whose axes have other names. So it is called here under an empty mesh.
+    `nnx.eval_shape` is called under an empty mesh; under another mesh it would look up the logical
+    axis names of the parameters among the mesh axes, which have other names.
 
     Args:
         build: Function that makes the module; it is only traced.

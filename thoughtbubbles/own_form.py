@@ -1,11 +1,11 @@
-"""The library's own form of a model's folder: every architecture, under our names and axes.
+"""The library's own format of a model folder, which can hold every architecture.
 
 The folder has the files of a Hugging Face model: config.json, model.safetensors, tokenizer.json. In
-config.json, `model_type` is "thoughtbubbles", `format` the version of the form, `architecture` a
-name in `ARCHITECTURES`, and `model` an object with all fields of the config. A fork policy is an
-object with its class name as `policy`, and its fields. Tensors have the names and shapes that
-parameters have in a checkpoint, such as `blocks/attention/q`: blocks are stacked along a leading
-axis, and contracted axes come first. See docs/pretrained.md.
+config.json, `model_type` is "thoughtbubbles", `format` is the version of the format, `architecture`
+is a name in `ARCHITECTURES`, and `model` is an object with all fields of the config. A fork policy
+is an object with its class name as `policy`, and the fields of the class. Tensors have the names
+and shapes of parameters in a checkpoint, such as `blocks/attention/q`: blocks are stacked along a
+leading axis, and contracted axes come first. See docs/pretrained.md.
 """
 
 import dataclasses
@@ -24,16 +24,16 @@ from thoughtbubbles.typed_json import from_json
 
 MODEL_TYPE = "thoughtbubbles"
 FORMAT = 1
-"""Version of the form, raised whenever an older reader would misread a new folder."""
+"""Version of the format, raised whenever an older reader would misread a new folder."""
 
 
 def is_own(fields: Mapping[str, Any]) -> bool:
-    """Whether a config.json is of the library's own form."""
+    """Whether the fields of a config.json are those of the library's own format."""
     return fields.get("model_type") == MODEL_TYPE
 
 
 def own_to_json(config: ArchitectureConfig, dtype: str) -> dict[str, Any]:
-    """Return the content of the config.json of a model of any architecture.
+    """Return the content of config.json for a model of any architecture in the own format.
 
     Args:
         config: Config of the model.
@@ -57,18 +57,18 @@ def own_to_json(config: ArchitectureConfig, dtype: str) -> dict[str, Any]:
 
 
 def own_from_json(fields: Mapping[str, Any], source: str) -> Any:
-    """Return the config of a model from the fields that `own_to_json` made.
+    """Return the config of a model from a config.json in the own format (`own_to_json`).
 
     Args:
         fields: Fields of the config.json.
         source: Name of the file for error messages.
 
     Returns:
-        Config of the architecture's own class.
+        Config, an instance of the architecture's `config_class`.
 
     Raises:
         ValueError: A newer version wrote the file, the architecture or the policy is not
-            registered, or a field is missing, unknown or of another type.
+            registered, or a field is missing, unknown or of a wrong type.
     """
     given = Fields(fields, source)
     version = given.integer("format")
@@ -78,7 +78,7 @@ def own_from_json(fields: Mapping[str, Any], source: str) -> Any:
             "install a newer one"
         )
     name = given.text("architecture")
-    if name not in ARCHITECTURES:  # a room of its own, which nothing here imports before
+    if name not in ARCHITECTURES:  # a package that nothing here has imported yet
         importlib.import_module("thoughtbubbles.hatchling")
     if name not in ARCHITECTURES:
         raise ValueError(
@@ -93,7 +93,7 @@ def own_from_json(fields: Mapping[str, Any], source: str) -> Any:
 
 
 def check_sizes(path: Path, files: SafetensorsFiles, config: ArchitectureConfig) -> None:
-    """Raise a ValueError if the config has more parameters than the files hold elements."""
+    """Raise a ValueError if the safetensors files hold fewer elements than the config needs."""
     stored = sum(math.prod(shape) for shape in files.shapes.values())
     if config.num_params() > stored:
         raise ValueError(

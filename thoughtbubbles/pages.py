@@ -1,4 +1,4 @@
-"""Pages in HTML of streams, bubble maps and lenses: for Jupyter, or saved as a single file."""
+"""HTML pages that draw streams, bubble maps and lenses, for Jupyter or as a single file."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-TOKENS, ROWS, DOTS = 1000, 8, 8  # what a page shows at most: of a row, of a batch, of a token
+TOKENS, ROWS, DOTS = 1000, 8, 8  # maximum tokens of a page, rows of a page, dots of a token
 LINE = 90  # characters
-LONGEST = 24  # characters of a token's text; all of it is in the title
+LONGEST = 24  # characters shown of a token's text; the tooltip has the whole text
 _JOINERS = "\u200c\u200d"  # not printable, but emoji and Persian are other texts without them
 
 STYLE = """
@@ -41,7 +41,7 @@ STYLE = """
 
 @dataclasses.dataclass(frozen=True)
 class Page:
-    """A picture in HTML; Jupyter shows it if it is the last value of a cell.
+    """A drawing in HTML, which Jupyter displays as the last value of a cell.
 
     Attributes:
         title: Title of the page, in plain text.
@@ -66,7 +66,7 @@ class Page:
 
 
 class Guess(NamedTuple):
-    """What a page shows of a lens at one token and one site.
+    """A lens's top-ranked token at one position and one site, as `lens_page` draws it.
 
     Attributes:
         text: Text of the token that the lens ranks first.
@@ -80,13 +80,13 @@ class Guess(NamedTuple):
 
 
 class Cell(NamedTuple):
-    """A token on a page, with levels of marks above it.
+    """A token on a page, with levels of dots or words above it.
 
     Attributes:
         text: Text of the token.
         title: Text of the tooltip.
-        levels: HTML of each level above the token, from the top.
-        dots: Maximum number of marks of a level, from which the cell's width is estimated.
+        levels: HTML of each level above the token, from top to bottom.
+        dots: Dots (or columns of text) of the widest level; the cell's width is estimated from it.
     """
 
     text: str
@@ -102,9 +102,9 @@ def map_page(
 
     Args:
         streams: `[num_layers, T]`, number of live streams of each token in each block.
-        score: `[num_layers, T]`, mean cumulative score p of these streams.
+        score: `[num_layers, T]`, mean cumulative score p of each token's streams in each block.
         tokens: Text of each token.
-        fork_layers: Indices of the blocks that a fork layer precedes.
+        fork_layers: Indices of the blocks that directly follow a fork layer.
     """
     cells, layers = [], list(reversed(fork_layers))
     for at, token in enumerate(tokens[:TOKENS]):
@@ -129,13 +129,13 @@ def streams_page(
     num_tokens: int,
     texts: Sequence[Sequence[str]] | None = None,
 ) -> Page:
-    """Draw the streams of some rows: above each token, one dot for each stream of the token.
+    """Draw the streams of a batch: above each token, one dot for each stream of the token.
 
     Args:
         log_score: `[B, S]`, cumulative log-score of each stream.
-        token: `[B, S]`, index in its row of each stream's token.
+        token: `[B, S]`, index of each stream's token within the row.
         alive: `[B, S]` bool, True for slots that hold a stream.
-        first: `[B]`, index in its sequence of each row's first token.
+        first: `[B]`, number of tokens of the sequence before the row's first token.
         num_tokens: Number `T` of tokens of a row, padding included.
         texts: Text of each token of each row; by default the tokens' indices are shown.
 
@@ -227,7 +227,7 @@ def _dot(score: float, kind: str = "", title: str = "") -> str:
 
 
 def _lines(cells: Sequence[Cell], names: Sequence[str]) -> Iterable[str]:
-    """Break cells into lines of up to `LINE` characters that begin with the levels' names."""
+    """Yield the HTML of cells in lines of about `LINE` characters, each led by the level names."""
     levels = "".join(f'<span class="streams">{html.escape(name)}</span>' for name in names)
     label = f'<span class="token names">{levels}<span class="text"></span></span>'
     direction = _direction("".join(cell.text for cell in cells))

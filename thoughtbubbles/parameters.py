@@ -1,4 +1,4 @@
-"""Modules made from given parameters, whose names and shapes are checked."""
+"""Build a module from given parameters, after a check of their names and shapes."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -15,13 +15,13 @@ def with_params(
     params: Mapping[Any, Any],
     shardings: Callable[[Any], Any] | None = None,
 ) -> Any:
-    """Return the module that `build` describes with given parameters, without initialising any.
+    """Return a module with given parameters, without running its initialisers.
 
     Args:
         build: Function that makes the module; it is only traced.
         params: Nested dict of arrays, as `nnx.to_pure_dict` returns it.
-        shardings: Function from the module's abstract nnx.State to the sharding of each leaf. None
-            leaves JAX arrays where they are and puts other arrays on the default device.
+        shardings: Function from the module's abstract `nnx.State` to the sharding of each leaf.
+            None leaves JAX arrays where they are and puts other arrays on the default device.
 
     Raises:
         ValueError: Names or shapes differ from those of the module.

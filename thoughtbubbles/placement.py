@@ -1,9 +1,10 @@
-"""Arrays placed on devices as given arrays are, under any mesh.
+"""Make arrays with the sharding of a given array, under any mesh.
 
-Under JAX's explicit axes (the default of `jax.make_mesh`) a sharding is part of an array's type.
-New arrays (`arange`, `zeros`) are replicated, and sort, concatenate, `where`, `vmap` and loop
-carries raise an error if they meet a sharded batch. Arrays made here match the batch: without a
-mesh, under auto and explicit axes, and inside `shard_map`, where they vary as the batch does.
+On `AxisType.Explicit` mesh axes (the default of `jax.make_mesh`) a sharding is part of an array's
+type. New arrays (`arange`, `zeros`) are replicated, and sort, concatenate, `where`, `vmap` and loop
+carries raise an error if they combine a replicated array with a sharded batch. Arrays made here are
+sharded like the batch: without a mesh, on `AxisType.Auto` and `Explicit` axes, and inside
+`shard_map`, where they vary over the same manual axes as the batch.
 """
 
 from __future__ import annotations
@@ -20,11 +21,11 @@ AnyArray = jax.Array | np.ndarray
 
 
 def broadcast_beside(values: Any, like: AnyArray, axes: int, dtype: Any = jnp.int32) -> jax.Array:
-    """Broadcast values to the leading axes of an array, with the array's placement.
+    """Broadcast values to the leading axes of an array, with the array's sharding.
 
     Args:
-        values: Values that broadcast to `like.shape[:axes]`.
-        like: Array that determines shape and placement.
+        values: Number or array that broadcasts to `like.shape[:axes]`.
+        like: Array that determines the shape and the sharding.
         axes: Number of leading axes of `like` that the result has.
         dtype: Dtype of the result.
     """
@@ -34,10 +35,10 @@ def broadcast_beside(values: Any, like: AnyArray, axes: int, dtype: Any = jnp.in
 
 
 def zeros_beside(like: AnyArray, shape: tuple[int, ...], dtype: Any) -> jax.Array:
-    """Make zeros whose batch axis is placed as an array's batch axis; other axes are replicated.
+    """Make zeros whose batch axis is sharded as that of an array; other axes are replicated.
 
     Args:
-        like: Array `[B, ...]` that determines the placement.
+        like: Array `[B, ...]` that determines the sharding.
         shape: Shape of the result, `B` first.
         dtype: Dtype of the result.
     """
@@ -52,7 +53,7 @@ def _zeros(like: AnyArray, shape: tuple[int, ...], dtype: Any, axes: int) -> jax
 
 
 def embedding_rows(table: AnyArray, index: AnyArray) -> jax.Array:
-    """Take rows of a table with the indices' placement; NaN for an index outside of the table.
+    """Look up rows of a table, sharded like the indices; NaN for an index outside of the table.
 
     Args:
         table: `[V, ...]` array of floats.
@@ -62,7 +63,7 @@ def embedding_rows(table: AnyArray, index: AnyArray) -> jax.Array:
 
 
 def rows_at(table: AnyArray, index: AnyArray, **get: Any) -> jax.Array:
-    """Compute `table.at[index].get(**get)` with the placement of the index.
+    """Compute `table.at[index].get(**get)`, sharded like the indices.
 
     Args:
         table: `[V, ...]` array.
@@ -78,14 +79,14 @@ def rows_at(table: AnyArray, index: AnyArray, **get: Any) -> jax.Array:
 def product(x: jax.Array, kernel: jax.Array, inputs: int = 1) -> jax.Array:
     """Multiply `x [..., *inputs]` by a kernel `[*inputs, *outputs]`, giving `[..., *outputs]`.
 
-    Without explicit axes, both are reshaped to matrices first: for arrays of more axes, XLA on a
-    CPU would compute the result's gradient twice, the second time transposed, for the gradient of
-    the kernel. Because of the reshape, auto sharding is only cheap on the first axis of the rows,
-    of the inputs and of the outputs: a split of another axis is gathered.
+    Without explicit mesh axes, both arrays are reshaped to matrices first. Otherwise XLA on a CPU
+    would compute the gradient of the result twice, the second time transposed for the gradient of
+    the kernel. Because of the reshape, sharding over auto mesh axes is only cheap on the first of
+    the leading axes, of the input axes and of the output axes; any other sharded axis is gathered.
 
     Args:
         x: Array with any number of leading axes.
-        kernel: Kernel of the dtype of `x`.
+        kernel: Kernel with the dtype of `x`.
         inputs: Number of contracted axes.
     """
     if any((*jax.typeof(x).sharding.spec, *jax.typeof(kernel).sharding.spec)):
@@ -97,10 +98,11 @@ def product(x: jax.Array, kernel: jax.Array, inputs: int = 1) -> jax.Array:
 
 
 def product_beside(x: jax.Array, matrix: jax.Array) -> jax.Array:
-    """Compute `x @ matrix`, with the rows of the result placed as the rows of `x`.
+    """Compute `x @ matrix`, with the leading axes of the result sharded like those of `x`.
 
-    If explicit axes split the last axis of `x`, each device contracts its part and the results are
-    summed, so `x` is not gathered. The matrix, which should be small, is moved instead.
+    If the last axis of `x` is sharded over explicit mesh axes, each device contracts its part and
+    the partial products are summed, so `x` is not gathered; the matrix, which should be small, is
+    resharded instead.
 
     Args:
         x: `[..., inputs]` array.
@@ -121,16 +123,16 @@ def product_beside(x: jax.Array, matrix: jax.Array) -> jax.Array:
 
 
 def placed_beside(tree: Any, like: AnyArray, axis: int = 0) -> Any:
-    """Place the batch axis of newly made arrays (caches, keys) as the batch is placed.
+    """Shard the batch axis of new arrays, such as caches and PRNG keys, like that of an array.
 
     Args:
         tree: Pytree of arrays with a batch axis.
-        like: Array `[B, ...]` that determines the placement.
+        like: Array `[B, ...]` that determines the sharding.
         axis: Index of the batch axis in each array of `tree`.
     """
     here = jax.typeof(jnp.asarray(like)).sharding
     if not here.spec or here.spec[0] is None:
-        return tree  # without a mesh, auto and manual axes: nothing to do
+        return tree  # nothing to do without a mesh, or on auto and manual axes
 
     def place(leaf: jax.Array) -> jax.Array:
         spec = list(jax.typeof(leaf).sharding.spec)

@@ -1,4 +1,4 @@
-"""Fork policies: which candidates of a fork layer survive."""
+"""Fork policies `TopK`, `PrefixRank` and `Threshold`: which candidates of a fork layer are kept."""
 
 import dataclasses
 import math
@@ -24,12 +24,12 @@ UNBOUNDED = 2**30
 class TopK(PolicyDefaults):
     """The paper's policy: keep the best candidates of the whole row (arXiv 2510.00219, eqs. 4-6).
 
-    It is **not causal**: scores of later tokens decide whether an earlier token's fork survives.
+    It is **not causal**: scores of later tokens decide whether an earlier token's fork is kept.
 
     Attributes:
-        ratio: Streams per token, ρ; a row of `n` tokens keeps `ceil(ratio * n)` streams.
-        streams: Number of streams of a row whatever its length, in place of the ratio; None uses
-            the ratio.
+        ratio: Streams per token, ρ; a row of `n` tokens keeps up to `ceil(ratio * n)` candidates.
+        streams: Maximum number of streams of a row of any length, which replaces the ratio; None
+            uses the ratio.
     """
 
     ratio: float = 2.0
@@ -71,13 +71,13 @@ class TopK(PolicyDefaults):
 
 
 FEW_RANKED = 32
-"""Number of new candidates above which, without a window, sorting replaces comparing all pairs."""
+"""Number of new candidates above which ranks without a window are computed by sorting."""
 LARGEST_RANKED = 2**17
-"""Number of candidates above which `prefix_ranks` takes much memory."""
+"""Number of candidates above which `prefix_ranks` needs too much memory."""
 
 
 class Bucketed(PolicyDefaults):
-    """Base class of policies whose demanded candidates pass a token bucket (`grant`)."""
+    """Base class of causal policies whose demand a token bucket limits (`grant`)."""
 
     ratio: float
     burst: int
@@ -92,20 +92,22 @@ class Bucketed(PolicyDefaults):
 
 @dataclasses.dataclass(frozen=True)
 class PrefixRank(Bucketed):
-    """Causal policy: a candidate is demanded if it ranks within the budget of its own prefix.
+    """Causal policy that keeps a candidate if its score ranks high among its own prefix.
 
     A candidate of token `t` is demanded if fewer than `floor(ratio * (t + 1))` candidates of tokens
-    up to `t` score higher. On each prefix, `TopK` with its budget rounded down would decide the
-    same for the newest token; here that decision is final. The demand then passes a token bucket
-    (`grant`).
+    up to `t` score higher. `TopK` on the prefix that ends at token `t`, with its budget rounded
+    down, would make the same choice for token `t`; later tokens never change it. A token bucket
+    (`grant`) then limits the demanded candidates to the budget.
 
     Attributes:
-        ratio: Maximum number of streams per token in every prefix, ρ.
-        window: Number of latest tokens whose candidates compete; None means all tokens so far.
-        burst: Number of streams by which a prefix may exceed `ratio`.
-        noise: Scale of the Gumbel noise added to the log-scores for ranking in a forward pass with
-            a key, as in pretraining. A scale of 1 samples candidates without replacement in
-            proportion to their scores. Evaluation and decoding rank without noise.
+        ratio: Streams per token, ρ; a prefix of `n` tokens keeps at most
+            `floor(ratio * n) + burst` streams.
+        window: Number of latest tokens whose candidates are ranked together, which also replaces
+            `t + 1` once it is smaller; None ranks the candidates of all tokens so far.
+        burst: Number of streams that a prefix may keep beyond `floor(ratio * n)`.
+        noise: Scale of the Gumbel noise that is added to the log-scores for ranking if the forward
+            pass gets a PRNG key, as in pretraining. A scale of 1 samples candidates without
+            replacement in proportion to their scores. Evaluation and decoding add no noise.
     """
 
     ratio: float = 2.0
@@ -130,14 +132,14 @@ class PrefixRank(Bucketed):
         return self._grant(candidates, ranks, jnp.zeros_like(candidates.length))[0]
 
     def explore(self, candidates: Candidates, key: jax.Array) -> Candidates:
-        """Add Gumbel noise of scale `noise` to the log-scores."""
+        """Return the candidates with Gumbel noise of scale `noise` added to their log-scores."""
         if not self.noise:
             return candidates
         noise = jax.random.gumbel(key, candidates.log_score.shape)
         return dataclasses.replace(candidates, log_score=candidates.log_score + self.noise * noise)
 
     def init_state(self, batch: int, num_candidates: int) -> "RankState":
-        """Return the state before the first token, with room for `num_candidates` candidates."""
+        """Return the state before the first token, with capacity for `num_candidates`."""
         # Two arrays of zeros: one that occurs twice could not be donated.
         granted, used = (jnp.zeros((batch,), jnp.int32) for _ in range(2))
         key = jnp.full((batch, num_candidates), -jnp.inf)
@@ -156,7 +158,7 @@ class PrefixRank(Bucketed):
         index = state.used[:, None] + jnp.arange(keys.shape[1])[None]
         new, total = keys.shape[1], seen.key.shape[1]
         if self.window is None and FEW_RANKED < new < total:
-            # Earlier tokens are all in range, and win ties.
+            # All earlier tokens compete, and win ties.
             ranks = prefix_ranks(keys, token) + at_least(state.key, state.used, keys)
         elif new**2 > total and total <= LARGEST_RANKED:
             ranks = prefix_ranks(seen.key, seen.token, self.window)
@@ -184,11 +186,11 @@ class PrefixRank(Bucketed):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, repr=False)
 class RankState(ShortRepr):
-    """State of `PrefixRank` between the parts of a row, with room for `N` candidates.
+    """State of `PrefixRank` between consecutive parts of a row, with capacity for `N` candidates.
 
     Attributes:
-        granted: `[B]` int32, number of streams granted so far beyond the forced ones.
-        key: `[B, N]` float32, rank keys of all candidates so far (-inf in unused entries).
+        granted: `[B]` int32, number of unforced candidates kept so far.
+        key: `[B, N]` float32, scores by which the candidates so far rank (-inf in unused entries).
         token: `[B, N]` int32, index in the sequence of each candidate's token (`NO_TOKEN` in unused
             entries).
         used: `[B]` int32, number of used entries.
@@ -202,19 +204,20 @@ class RankState(ShortRepr):
 
 @dataclasses.dataclass(frozen=True)
 class Threshold(Bucketed):
-    """Causal policy: a candidate is demanded if its score p exceeds the fork layer's threshold θ.
+    """Causal policy that keeps a candidate if its score p exceeds the fork layer's threshold θ.
 
-    θ is state of the fork layer, not a parameter. In training it follows the score at which the
-    demand equals the budget (`meeting_point`); otherwise it is constant. The demand then passes a
-    token bucket (`grant`).
+    θ is state of the fork layer, not a trained parameter. During training, θ follows the score at
+    which the demand equals the budget (`meeting_point`); otherwise θ is constant. A token bucket
+    (`grant`) then limits the demanded candidates to the budget.
 
     Attributes:
-        ratio: Maximum number of streams per token in every prefix, ρ.
-        burst: Number of streams by which a prefix may exceed `ratio`.
-        gate: Whether the score of a kept candidate becomes max(p - θ, 0) / (1 - θ), so that it is 0
-            where p = θ; forced candidates keep p. (With `score_bias="none"` and without fractional
-            positions, the loss is then continuous where p crosses θ.)
-        offset: Number added to θ to change the budget at inference; above 0 it gives fewer streams.
+        ratio: Streams per token, ρ; a prefix of `n` tokens keeps at most
+            `floor(ratio * n) + burst` streams.
+        burst: Number of streams that a prefix may keep beyond `floor(ratio * n)`.
+        gate: Whether the score of a kept candidate becomes max(p - θ, 0) / (1 - θ), which is 0 at
+            p = θ; the score of a forced candidate stays p. (With `score_bias="none"` and without
+            fractional positions, the loss is then continuous where p crosses θ.)
+        offset: Number added to θ at inference; a positive offset gives fewer streams.
     """
 
     ratio: float = 2.0
@@ -233,7 +236,7 @@ class Threshold(Bucketed):
         return self.keep_next(candidates, jnp.zeros_like(candidates.length))[0]
 
     def init_state(self, batch: int, num_candidates: int) -> jax.Array:
-        """Return `[B]` int32 zeros: the number of streams granted beyond the forced ones."""
+        """Return the number of unforced candidates kept before the first token, `[B]` zeros."""
         del num_candidates
         return jnp.zeros((batch,), jnp.int32)
 
@@ -243,7 +246,7 @@ class Threshold(Bucketed):
         return grant(candidates, demand, self.ratio, self.burst, state)
 
     def scores(self, candidates: Candidates) -> jax.Array:
-        """Return log-scores `[B, 2S]` for the streams of kept candidates, gated if `gate`."""
+        """Return the log-scores `[B, 2S]` that kept candidates give their streams (see `gate`)."""
         if not self.gate:
             return candidates.log_score
         threshold = self._threshold(candidates)
@@ -258,7 +261,7 @@ class Threshold(Bucketed):
         return 0.0
 
     def track(self, candidates: Candidates) -> jax.Array | None:
-        """Return θ moved one step of the exponential average that follows `meeting_point`."""
+        """Return θ after one step of its exponential moving average of `meeting_point`."""
         threshold = candidates.threshold
         if threshold is None:
             return None
@@ -267,8 +270,9 @@ class Threshold(Bucketed):
     def meeting_point(self, candidates: Candidates) -> jax.Array:
         """Compute the threshold at which the demand equals the budget, a scalar score p.
 
-        In each row it is the score of the best unforced candidate that exceeds the budget, or 0 if
-        the budget allows all of them. The result is the mean over rows that have tokens.
+        With a budget of `b` unforced candidates, the threshold of a row is the score of its
+        `b + 1`-th best unforced candidate, or 0 if the row has no more than `b` unforced
+        candidates. The result is the mean over rows that have tokens.
         """
         keys = jnp.where(candidates.alive & ~candidates.forced, candidates.log_score, -jnp.inf)
         descending = -jnp.sort(-jax.lax.stop_gradient(keys), axis=1)
@@ -289,32 +293,35 @@ class Threshold(Bucketed):
 def grant(
     candidates: Candidates, demand: jax.Array, ratio: float, burst: int, granted: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Token bucket: keep the demanded candidates that the budget of every prefix allows.
+    """Token bucket: keep as many demanded candidates as the budget of every prefix allows.
 
-    Forced candidates are kept free of charge. Token `i` has `w_i` other demanded candidates, and
-    its prefix the budget `b_i = floor((ratio - 1) * (i + 1)) + burst`. Up to token `i`,
-    `n_i = min(n_{i-1} + w_i, b_i)` streams are granted, so the token keeps the `n_i - n_{i-1}`
-    demanded candidates with the best scores. Five tokens with a ratio of 1.5 and no burst:
+    Forced candidates are always kept and use no budget. Token `i` has `w_i` demanded candidates
+    that are not forced. The prefix that ends at token `i` has the budget
+    `b_i = floor((ratio - 1) * (i + 1)) + burst` and keeps `n_i = min(n_{i-1} + w_i, b_i)` unforced
+    candidates. Token `i` therefore keeps its `n_i - n_{i-1}` demanded candidates with the best
+    scores. Example of five tokens with a ratio of 1.5 and no burst:
 
         token i             0  1  2  3  4
         demand w_i          1  0  2  1  1
         budget b_i          0  1  1  2  2
-        granted n_i         0  0  1  2  2
+        kept so far n_i     0  0  1  2  2
         kept n_i - n_{i-1}  0  0  1  1  0
 
-    Token 1 leaves its budget to token 2, which spends it on the better one of its two candidates.
-    Two steps `n -> min(n + w, b)` compose to a step of the same form, so an associative scan
-    computes all `n_i`.
+    The budget that token 1 does not use pays for the better of token 2's two candidates. Two steps
+    `n -> min(n + w, b)` compose to a step of the same form, so an associative scan computes all
+    `n_i`.
 
     Args:
         candidates: Candidates of the tokens of each row.
-        demand: `[B, 2S]` bool, demanded candidates.
-        ratio: Maximum number of streams per token in every prefix, ρ.
-        burst: Number of streams by which a prefix may exceed `ratio`.
-        granted: `[B]` int32, number of streams granted before the first token (`n_{-1}`).
+        demand: `[B, 2S]` bool, whether the policy demands each candidate.
+        ratio: Streams per token, ρ; a prefix of `n` tokens keeps at most
+            `floor(ratio * n) + burst` streams.
+        burst: Number of streams that a prefix may keep beyond `floor(ratio * n)`.
+        granted: `[B]` int32, number of unforced candidates kept before the first token (`n_{-1}`).
 
     Returns:
-        Keep mask `[B, 2S]` bool, and number of streams granted up to the last token, `[B]` int32.
+        Keep mask `[B, 2S]` bool, and number of unforced candidates kept up to the last token, `[B]`
+        int32.
     """
     demand = demand & candidates.alive & ~candidates.forced
     budget = _extras(ratio, burst, candidates.token + candidates.first[:, None] + 1)
@@ -324,7 +331,7 @@ def grant(
         (added, limit), (added_then, limit_then) = step, then
         return added + added_then, jnp.minimum(limit + added_then, limit_then)
 
-    # A step for each candidate: those of a token share the limit, so together they add w_i.
+    # One step per candidate: the candidates of a token share the limit, and together add w_i.
     steps = (demand.astype(jnp.int32), budget)
     total, limit = jax.lax.associative_scan(compose, steps, axis=1)
     after = jnp.minimum(granted[:, None] + total, limit)
@@ -341,7 +348,7 @@ def grant(
 
 
 def _rank_in_token(candidates: Candidates, demand: jax.Array) -> jax.Array:
-    """`[B, 2S]` int32: how many demanded candidates of the same token rank before each."""
+    """`[B, 2S]` int32: rank of each candidate among the demanded candidates of its token."""
     index = broadcast_beside(jnp.arange(demand.shape[1]), candidates.token, 2)
     keys = jnp.where(demand, -_ties(_keys(candidates)), jnp.inf)
     token, _, order = jax.lax.sort((candidates.token, keys, index), dimension=1, num_keys=3)
@@ -351,13 +358,13 @@ def _rank_in_token(candidates: Candidates, demand: jax.Array) -> jax.Array:
 
 
 def append(stored: jax.Array, new: jax.Array, used: jax.Array, valid: jax.Array) -> jax.Array:
-    """Write new entries after the used ones of each row, and drop those that do not fit.
+    """Write new entries after the used entries of each row; entries that do not fit are dropped.
 
     Args:
-        stored: `[B, N, ...]` entries, of which the first `used` are used.
+        stored: `[B, N, ...]` entries, of which the first `used` of each row are used.
         new: `[B, M, ...]` entries to append.
         used: `[B]` int32, number of used entries.
-        valid: `[B, M]` bool, entries of `new` to append; all invalid entries must come last.
+        valid: `[B, M]` bool, whether to append each entry of `new`; invalid entries must come last.
     """
 
     def write(row, entries, start, mask):
@@ -368,7 +375,7 @@ def append(stored: jax.Array, new: jax.Array, used: jax.Array, valid: jax.Array)
 
 
 def _keys(candidates: Candidates) -> jax.Array:
-    """Keys `[B, 2S]` to rank by: forced candidates and NaN first, dead candidates last."""
+    """Sort keys `[B, 2S]`, larger for better: forced candidates and NaN +inf, dead ones -inf."""
     keys = jnp.where(candidates.forced, jnp.inf, candidates.log_score)
     # A NaN ranks first, so that it reaches the loss instead of being dropped unseen.
     keys = jnp.where(jnp.isnan(candidates.log_score), jnp.inf, keys)
@@ -376,7 +383,7 @@ def _keys(candidates: Candidates) -> jax.Array:
 
 
 def _ties(keys: jax.Array) -> jax.Array:
-    """Keys rounded to 1/1024, so that float noise seldom breaks the ties of equal tokens."""
+    """Round keys to 1/1024, so that float noise seldom breaks ties between equal tokens."""
     return jnp.round(keys * 1024) / 1024
 
 
@@ -391,7 +398,7 @@ def _check_ratio(ratio: float) -> None:
 
 
 def _check_forks(ratio: float, window: int | None, burst: int) -> None:
-    """Refuse a budget of a window that its originals use up; a ratio of 1 alone says so itself."""
+    """Raise a ValueError if originals use up the budget, unless only `ratio=1` is the cause."""
     extra = _fraction(ratio) - 1
     if extra == 0 and burst:
         raise ValueError(
@@ -419,7 +426,7 @@ def _fraction(ratio: float) -> Fraction:
 
 
 def _extras(ratio: float, burst: int, tokens):
-    """Number of streams beyond one per token that a token bucket allows to `tokens` tokens."""
+    """Maximum number of streams that `tokens` tokens may have beyond their originals."""
     extra = _fraction(ratio) - 1
     whole, rest = divmod(extra.numerator, extra.denominator)
     return whole * tokens + rest * tokens // extra.denominator + burst

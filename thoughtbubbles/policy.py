@@ -18,18 +18,23 @@ if TYPE_CHECKING:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, repr=False)
 class Candidates(ShortRepr):
-    """Input of a policy: two candidates of each of `S` streams, `[fork_0, keep_0, fork_1, ...]`.
+    """Input of a policy: scores and tokens of the fork and keep candidates of `S` streams in a row.
+
+    Axis 1 of the `[B, 2S]` arrays has the order `[fork_0, keep_0, fork_1, keep_1, ...]`: the fork
+    candidate of the stream in slot `s` has index `2 * s`, its keep candidate index `2 * s + 1`.
 
     Attributes:
         log_score: `[B, 2S]` float32, cumulative log-score of each candidate.
-        token: `[B, 2S]` int32, index of the input token that the candidate belongs to.
-        alive: `[B, 2S]` bool, false for candidates of dead slots, which come last.
-        forced: `[B, 2S]` bool, candidates that must be kept: the keep candidate of each original.
+        token: `[B, 2S]` int32, index in the row of the input token of each candidate.
+        alive: `[B, 2S]` bool, false for the candidates of dead slots, which come last.
+        forced: `[B, 2S]` bool, whether the policy must keep each candidate: true for the keep
+            candidates of originals.
         length: `[B]` int32, number of real tokens in the row.
         first: `[B]` int32, number of tokens of the sequence before the row's token 0; 0 except in
             cached decoding.
         num_tokens: Static number `T` of tokens in a row, padding included.
-        threshold: Float32 scalar, the fork layer's tracked threshold on scores p, or None.
+        threshold: Float32 scalar, threshold on scores p that the fork layer tracks; None if its
+            policy tracks none.
     """
 
     log_score: jax.Array
@@ -43,14 +48,15 @@ class Candidates(ShortRepr):
 
 
 class Policy(Protocol):
-    """Choice of the candidates to keep: all forced ones, and at most `capacity(T)` in a row.
+    """Interface of a policy, which chooses the candidates that a fork layer keeps.
 
-    A policy may also have the methods of `PolicyDefaults`, which are optional.
+    The policy must keep all forced candidates, and at most `capacity(T)` candidates in a row of `T`
+    tokens. It may also have the methods of `PolicyDefaults`, which are optional.
     """
 
     @property
     def causal(self) -> bool:
-        """Whether the choice among a token's candidates depends on tokens up to it alone."""
+        """Whether the choice among a token's candidates depends on no later token."""
         ...
 
     def capacity(self, num_tokens: int) -> int:
@@ -58,59 +64,59 @@ class Policy(Protocol):
         ...
 
     def keep(self, candidates: Candidates) -> Bool[Array, "B 2*S"]:
-        """Return the mask of the candidates to keep."""
+        """Return whether to keep each candidate."""
         ...
 
 
 class PolicyDefaults:
     """Optional methods of a policy, with their defaults.
 
-    A policy may inherit from this class, or leave the methods out. By default it tracks no
-    statistics of training, does not explore, and leaves the scores of streams as they are.
+    A policy may inherit from this class, or leave the methods out. By default, a policy tracks no
+    threshold in training, does not explore, and does not change the scores of streams.
     """
 
     def init_tracked(self) -> float | None:
         """Return the initial value of a scalar that each fork layer tracks in training, or None.
 
-        The scalar is not a trained parameter. It is saved in checkpoints, and a policy finds its
-        value in `Candidates.threshold`. None tracks nothing.
+        The scalar is not a trained parameter, but is saved in checkpoints. `Candidates.threshold`
+        passes its value to the policy. None tracks nothing.
         """
         return None
 
     def track(self, candidates: Candidates) -> Float[Array, ""] | None:
-        """Return the new value of the tracked scalar after a forward pass of training.
+        """Return the new value of the tracked scalar, once in each forward pass of training.
 
         Args:
-            candidates: Candidates of all rows of the pass, with the old value in `threshold`.
+            candidates: Candidates of all rows of the batch, with the old value in `threshold`.
         """
         return candidates.threshold
 
     def explore(self, candidates: Candidates, key: jax.Array) -> Candidates:
-        """Return the candidates to pass to `keep` in training, such as with noise on their scores.
+        """Return the candidates for `keep` in training, for example with noise on their scores.
 
         Args:
-            candidates: Candidates as the fork layer scored them.
-            key: Random key of this fork layer and step.
+            candidates: Candidates with the scores of the fork layer.
+            key: PRNG key, another one for each fork layer and training step.
         """
         del key
         return candidates
 
     def scores(self, candidates: Candidates) -> Float[Array, "B 2*S"]:
-        """Return float32 log-scores for the streams that kept candidates become."""
+        """Return the float32 log-score that each candidate's stream gets if it is kept."""
         return candidates.log_score
 
 
 def hook(policy: Policy, name: str) -> Callable[..., Any]:
-    """Return the policy's method of that name, or the one of `PolicyDefaults` if it has none."""
+    """Return the policy's method `name`, or that of `PolicyDefaults` if the policy has none."""
     return getattr(policy, name, None) or getattr(PolicyDefaults(), name)
 
 
 @runtime_checkable
 class CausalPolicy(Policy, Protocol):
-    """A policy that can choose for one part of a row after the other, which a cache needs.
+    """Interface of a causal policy that can process a row in consecutive parts, for caches.
 
-    However a row is split into parts, calls of `keep_next` for its parts must keep the candidates
-    that `keep` keeps for the whole row.
+    For any split of a row into parts, calls of `keep_next` on the parts must keep the same
+    candidates as one call of `keep` on the whole row.
     """
 
     def init_state(self, batch: int, num_candidates: int) -> Any:
@@ -119,12 +125,17 @@ class CausalPolicy(Policy, Protocol):
         Args:
             batch: Number of rows.
             num_candidates: Upper bound on the number of candidates of a whole sequence. The state
-                for a larger bound must be the state for a smaller one with unused entries appended.
+                for a larger bound must equal that for a smaller bound with unused entries appended.
         """
         ...
 
     def keep_next(self, candidates: Candidates, state: Any) -> tuple[Bool[Array, "B 2*S"], Any]:
-        """Return the mask of the next tokens' candidates to keep, and the state after them."""
+        """Return whether to keep each candidate of the next tokens, and the state after them.
+
+        Args:
+            candidates: Candidates of the next tokens of each row.
+            state: State after the earlier tokens, from `init_state` or the last call.
+        """
         ...
 
 
@@ -146,7 +157,13 @@ def check_policy(policy: Any, name: str) -> None:
 
 
 def check_forced_keep(policy: Policy, forced_keep: bool, score_originals: bool) -> None:
-    """Raise a ValueError for an invalid policy, or one that must always keep the originals."""
+    """Raise a ValueError for an invalid policy, or if originals must not compete by their scores.
+
+    Args:
+        policy: Policy of a fork layer.
+        forced_keep: Whether originals are always kept, as causal policies require.
+        score_originals: Whether originals have a learned score, required without `forced_keep`.
+    """
     if isinstance(policy, type):
         raise ValueError(
             f"policy={policy!r} is no fork policy: give an object such as PrefixRank(ratio=2.0)"

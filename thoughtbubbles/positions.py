@@ -1,4 +1,4 @@
-"""Rotary positions, also fractional ones, and frequencies scaled to longer contexts."""
+"""RoPE: rotary angles at integer or fractional positions, and scaling to longer contexts."""
 
 import dataclasses
 import math
@@ -13,7 +13,7 @@ from thoughtbubbles.fields import shown
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
-    """Scaling of rotary frequencies to contexts longer than the pretraining context.
+    """Scaling of RoPE frequencies to contexts longer than the pretraining context.
 
     The fields are those of `rope_scaling` in Hugging Face configs. "linear" divides every frequency
     by `factor` (position interpolation). "llama3" and "yarn" divide slow frequencies, keep fast
@@ -24,14 +24,15 @@ class RopeScaling:
         factor: Divisor of the scaled frequencies.
         original_max_position_embeddings: Context length of pretraining in tokens, for "llama3" and
             "yarn".
-        low_freq_factor: Wavelengths of at least `original_max_position_embeddings /
-            low_freq_factor` tokens are scaled in full ("llama3").
-        high_freq_factor: Wavelengths of at most `original_max_position_embeddings /
-            high_freq_factor` tokens are kept ("llama3").
+        low_freq_factor: Frequencies whose wavelength is at least
+            `original_max_position_embeddings / low_freq_factor` tokens are divided by `factor`
+            ("llama3").
+        high_freq_factor: Frequencies whose wavelength is at most
+            `original_max_position_embeddings / high_freq_factor` tokens stay unchanged ("llama3").
         beta_fast: Channel pairs with at least this many turns in the original context keep their
             frequency ("yarn", arXiv 2309.00071).
-        beta_slow: Channel pairs with at most this many turns in the original context are scaled in
-            full ("yarn").
+        beta_slow: Frequencies of channel pairs with at most this many turns in the original context
+            are divided by `factor` ("yarn").
         attention_factor: Factor of cosines and sines ("yarn"); None means 0.1 ln(factor) + 1.
     """
 
@@ -63,13 +64,13 @@ class RopeScaling:
             )
 
     def frequencies(self, head_dim: int, base: float) -> np.ndarray:
-        """Return the radians by which each channel pair turns per token, `[K/2]` float64."""
+        """Return the scaled frequency of each channel pair in radians per token, `[K/2]`."""
         plain = base ** (-np.arange(0, head_dim, 2) / head_dim)
         kept = self._kept(plain, head_dim, base)
         return plain * (kept + (1 - kept) / self.factor)
 
     def _kept(self, plain: np.ndarray, head_dim: int, base: float) -> np.ndarray:
-        """Share of each frequency that is kept, from 0 to 1."""
+        """Weight of each unscaled frequency, from 0 (divided by `factor`) to 1 (unchanged)."""
         if self.rope_type == "linear":
             return np.zeros_like(plain)
         original = self.original_max_position_embeddings or 0
@@ -79,7 +80,7 @@ class RopeScaling:
             return np.clip((turns - self.low_freq_factor) / width, 0, 1)
 
         def channel(turns: float) -> float:
-            """Return the fractional index of the channel pair with so many turns in `original`."""
+            """Return the fractional index of the channel pair with `turns` in `original` tokens."""
             return head_dim * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(base))
 
         first = max(math.floor(channel(self.beta_fast)), 0)
@@ -98,9 +99,9 @@ class RopeScaling:
 
 
 NEAR = 4096
-"""Minimum position whose angles are reduced to one turn before they become float32. The float32
-product of a position and a frequency is off by up to the position times 2^-24: 2.5e-4 radians here.
-"""
+"""Minimum position whose angles are reduced to one turn before they become float32. The error of
+the float32 product of a position and a frequency is up to the position times 2^-24 radians, which
+is 2.5e-4 at this position."""
 
 
 def rotary_angles(
@@ -114,22 +115,23 @@ def rotary_angles(
 ) -> tuple[jax.Array, jax.Array]:
     """Compute the cosines and sines of rotary angles (RoPE) at positions.
 
-    Channel pair `c` turns by `position * base ** (-2c / K)` radians, unless scaled. Below position
-    `NEAR` (4096) angles are float32 products, off by up to 2.5e-4 radians; from there on they are
-    reduced to one turn first, so that they are exact to float32 rounding.
+    Without scaling, the angle of channel pair `c` is `position * base ** (-2c / K)` radians. Angles
+    at positions below `NEAR` (4096) are float32 products with an error of up to 2.5e-4 radians.
+    Angles at larger positions are reduced to one turn first and are exact to float32 rounding.
 
     Args:
         positions: Positions of the slots, `[B, S]` integers or float32.
         head_dim: Width `K` of a head.
         base: Base of the frequencies.
         scaling: Scaling of the frequencies; None for no scaling.
-        offset: Fraction of a token to add to each position, `[B, S]` float32. It is separate
-            because a large float32 position would round it. None adds nothing.
-        bound: Static upper bound on the positions. A bound up to `NEAR` skips that reduction; a
-            position above it would be less exact.
+        offset: Fraction of a token to add to each position, `[B, S]` float32. The fraction is a
+            separate argument because its sum with a large position would be rounded in float32.
+            None adds nothing.
+        bound: Static upper bound on the positions. With a bound up to `NEAR`, the reduction to one
+            turn is skipped for all positions. None means that no bound is known.
 
     Returns:
-        Cosines and sines, each `[B, S, K/2]` float32, times the amplitude of `scaling`.
+        Cosines and sines, each `[B, S, K/2]` float32, times `scaling.amplitude`.
     """
     if scaling is None:
         exact = base ** (-np.arange(0, head_dim, 2) / head_dim)
@@ -154,7 +156,7 @@ def rotary_angles(
 
 
 def split_position(positions: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Split positions, integers or float32, into int32 and a float32 remainder in (-1, 0]."""
+    """Split positions, integers or float32, into int32 ceilings and float32 rests in (-1, 0]."""
     if jnp.issubdtype(positions.dtype, jnp.integer):
         return positions.astype(jnp.int32), jnp.zeros_like(positions, jnp.float32)
     whole = jnp.ceil(positions)
@@ -162,13 +164,13 @@ def split_position(positions: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def fixed_point(turns: Any) -> tuple[Any, Any]:
-    """Convert frequencies in turns per token to units of 2^-32 turns, without whole turns.
+    """Convert frequencies modulo 1 turn per token to fixed point, in units of 2^-32 turns.
 
     Args:
-        turns: Frequencies, an array of NumPy or JAX.
+        turns: Frequencies in turns per token, a NumPy or JAX array.
 
     Returns:
-        Whole units as uint32, and the remainders as float32 from 0 to 1.
+        Whole units as uint32, and remainders from 0 to 1 unit as float32.
     """
     units = (turns % 1.0) * 2.0**32
     whole = units // 1.0
@@ -176,12 +178,12 @@ def fixed_point(turns: Any) -> tuple[Any, Any]:
 
 
 def turns_at(position: jax.Array, units: Any, rest: Any) -> jax.Array:
-    """Compute position times frequency in turns, without whole turns: float32 from -1/2 to 1/2.
+    """Compute rotary angles (position times frequency) as float32 turns, modulo 1, in [-1/2, 1/2].
 
     Args:
         position: Positions, int32, not negative.
-        units: Frequencies in whole units of 2^-32 turns (`fixed_point`), uint32. Their products
-            with positions wrap around after a whole turn.
+        units: Frequencies in whole units of 2^-32 turns (`fixed_point`), uint32. The product of a
+            frequency and a position overflows, and so wraps around, after each whole turn.
         rest: Remainders of the frequencies in the same units (`fixed_point`), float32.
     """
     more = (position.astype(jnp.float32) * rest).astype(jnp.uint32)
@@ -190,7 +192,7 @@ def turns_at(position: jax.Array, units: Any, rest: Any) -> jax.Array:
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Rotate heads `x [B, S, H, K]` in float32; channel `c` pairs with channel `c + K/2`."""
+    """Apply RoPE to heads `x [B, S, H, K]` in float32; channel `c` pairs with `c + K/2`."""
     wide, half = x.astype(jnp.float32), x.shape[-1] // 2
     # Channels change places before they are multiplied: halves that are multiplied and then
     # joined take XLA on a CPU as long as a layer's projections.

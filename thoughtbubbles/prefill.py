@@ -1,4 +1,4 @@
-"""Prefill in blocks, so that a long prompt needs memory for one block besides the cache."""
+"""Chunked prefill: a long prompt is prefilled in blocks, to save memory for activations."""
 
 from __future__ import annotations
 
@@ -17,29 +17,30 @@ if TYPE_CHECKING:
     from jaxtyping import Float
 
 Progress = Callable[[int, int], None]
-"""Function that is called after each block with two numbers of tokens of the longest row: those
-read so far, and all."""
+"""Function that is called after each block with the number of tokens of the longest row that are
+prefilled so far, and the number of all tokens of that row."""
 
 BLOCK = 512
 """Number of tokens of a block, summed over all rows."""
 SMALLEST_BLOCK = 32
 """Minimum number of tokens of a block in each row."""
 LARGEST_WHOLE = 2**29
-"""Approximate bytes of a forward pass over whole rows above which rows are read in blocks."""
+"""Approximate bytes of a forward pass over whole rows above which rows are prefilled in blocks."""
 LONGEST_WHOLE = 4096
-"""Tokens of a row above which rows are read in blocks, if the config has no `prefill_bytes`."""
+"""Tokens of a row above which rows are prefilled in blocks, if the config has no `prefill_bytes`.
+"""
 
 
 def block_size(rows: int) -> int:
-    """Return the number of tokens of a block in each of `rows` rows, a power of two."""
+    """Return the block size in tokens per row, a power of two, for a batch of `rows` rows."""
     return max(BLOCK >> (rows - 1).bit_length(), SMALLEST_BLOCK)
 
 
 def in_blocks(model: Architecture, rows: int, tokens: int) -> bool:
-    """Whether to read rows in blocks: whole rows are `large`, and the model is `cacheable`.
+    """Whether to prefill in blocks: whole rows are `large`, and the model is `cacheable`.
 
     Args:
-        model: Any architecture.
+        model: Model of any architecture.
         rows: Number of rows.
         tokens: Number of tokens of each row, padding included.
     """
@@ -49,8 +50,9 @@ def in_blocks(model: Architecture, rows: int, tokens: int) -> bool:
 def large(model: Architecture, rows: int, tokens: int) -> bool:
     """Whether a forward pass over whole rows takes too much memory.
 
-    It does above `LARGEST_WHOLE` bytes by the config's `prefill_bytes`, or above `LONGEST_WHOLE`
-    tokens for a config without that method. Rows that fit into one block are never large.
+    The limit is `LARGEST_WHOLE` bytes, as estimated by the config's `prefill_bytes`, or
+    `LONGEST_WHOLE` tokens in a row for a config without that method. Rows that fit into one block
+    are never large.
     """
     if tokens <= block_size(rows):
         return False
@@ -61,10 +63,10 @@ def large(model: Architecture, rows: int, tokens: int) -> bool:
 
 
 def block_bytes(model: Architecture, rows: int) -> int:
-    """Estimate the bytes that reading a block of each row takes besides parameters and cache.
+    """Estimate the bytes that prefill of one block takes in addition to parameters and cache.
 
     Args:
-        model: Any architecture; the estimate is 0 if its config has no `extend_bytes`.
+        model: Model of any architecture; the estimate is 0 if its config has no `extend_bytes`.
         rows: Number of rows.
     """
     extend = getattr(model.config, "extend_bytes", lambda rows, num_tokens: 0)
@@ -72,10 +74,10 @@ def block_bytes(model: Architecture, rows: int) -> int:
 
 
 def long_cache(tokens: int) -> int:
-    """Round up the number of tokens that a cache of long rows is made for.
+    """Round up the capacity in tokens of a cache of long rows, to limit the compiled programs.
 
-    The result is a multiple of `BLOCK`, and of an eighth of the power of two below `tokens`. So
-    there are at most eight results, and compiled programs, between two powers of two.
+    The result is a multiple of `BLOCK`, and of an eighth of the largest power of two below
+    `tokens`, so that there are at most eight different capacities between two powers of two.
     """
     step = max(1 << max((tokens - 1).bit_length() - 4, 0), BLOCK)
     return -(-tokens // step) * step
@@ -88,16 +90,17 @@ def read_blocks(
     length: np.ndarray,
     progress: Progress | None = None,
 ) -> Any:
-    """Call a compiled step for block after block of rows.
+    """Call a compiled step on consecutive blocks of rows of tokens.
 
     Args:
-        step: Function that returns the next carry. It is called with the carry, the tokens
-            `[B, C]` of the block, the number of real tokens of the block in each row `[B]`, and the
-            slice of the token axis that the block covers.
-        carry: Value that the first step gets, such as an empty cache.
+        step: Function that returns the next carry. Its arguments are the carry, the token ids
+            `[B, C]` of a block of `C` tokens, the number of real tokens of the block in each row
+            `[B]`, and the slice of the token axis that the block covers.
+        carry: Carry of the first step, such as an empty cache.
         tokens: Token ids `[B, T]` int32, padded on the right.
         length: Number of real tokens of each row, `[B]` int32.
-        progress: Function to call after each block, which is then waited for; None waits for none.
+        progress: Function to call when the device has finished a block; None dispatches the blocks
+            without waiting.
 
     Returns:
         The carry after the last block.
@@ -107,7 +110,7 @@ def read_blocks(
         block = tokens[:, first : first + size]
         block = np.pad(block, ((0, 0), (0, size - block.shape[1])))
         count = np.clip(length - first, 0, size).astype(np.int32)
-        # Arrays of JAX, which a program takes to the mesh that it runs on.
+        # JAX arrays, which a compiled program moves to its mesh.
         place = slice(first, first + size)
         carry = step(carry, jnp.asarray(block), jnp.asarray(count), place)
         if progress is not None:
@@ -123,17 +126,17 @@ def prefill(
     max_tokens: int,
     progress: Progress | None = None,
 ) -> tuple[Float[Array, "B V"], Any]:
-    """Read rows in blocks into a new cache.
+    """Prefill rows in blocks into a new cache.
 
     Args:
         model: Model that is `cacheable`, preferably the result of its `for_decoding`.
         tokens: Token ids `[B, T]` int32, padded on the right.
         length: Number of real tokens of each row, `[B]` int32, 1 or more.
-        max_tokens: Number of tokens that fit into a row of the cache.
+        max_tokens: Maximum number of tokens in a row of the cache.
         progress: Function to call after each block, or None.
 
     Returns:
-        Logits after the last token of each row, and a cache that holds the rows.
+        Logits at the last token of each row, and the cache after these tokens.
     """
 
     def step(carry: Any, block: jax.Array, count: jax.Array, _: slice) -> Any:

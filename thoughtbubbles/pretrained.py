@@ -1,8 +1,8 @@
-"""Pretrained decoders: Llama, SmolLM, Qwen2, Qwen3 and Starcoder2 weights in, and out again.
+"""Load and save pretrained decoders: Llama, SmolLM, Qwen2, Qwen3 and Starcoder2.
 
-Weights come from a Hugging Face folder (config.json, safetensors, tokenizer.json), a folder of the
-library's own form (`thoughtbubbles.own_form`), or a GGUF file (not of Starcoder2).
-Nothing is unpickled and no code of a checkpoint is run.
+A decoder is loaded from a Hugging Face folder (config.json, safetensors, tokenizer.json), a folder
+in the library's own format (`thoughtbubbles.own_form`), or a GGUF file (not for Starcoder2).
+Nothing is unpickled, and no code in a checkpoint is run.
 """
 
 import dataclasses
@@ -41,7 +41,7 @@ from thoughtbubbles.stored_parameters import (
 )
 
 _STORED = ("float32", "bfloat16", "float16", "float64")
-_UNDERFLOW = 0.01  # share of a tensor's nonzero values that may become 0 in another type
+_UNDERFLOW = 0.01  # share of a tensor's nonzero values that may become 0 in another dtype
 
 
 class Pretrained(NamedTuple):
@@ -49,7 +49,7 @@ class Pretrained(NamedTuple):
 
     Attributes:
         config: Sizes and options of the decoder: a `ModelConfig`, or the config of any architecture
-            if the folder has the library's own form.
+            if the folder has the library's own format.
         params: Nested dict of arrays, for `architecture_of(config).from_params(config, params)`.
         tokenizer: Tokenizer that the decoder was trained with.
     """
@@ -60,7 +60,7 @@ class Pretrained(NamedTuple):
 
 
 class _Source(Protocol):
-    """Tensors under Hugging Face's names."""
+    """Tensors of a folder or file, whose shapes are known and which are read by name."""
 
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]: ...
@@ -69,10 +69,10 @@ class _Source(Protocol):
 
 
 class AnyTokenizer(Protocol):
-    """A `PretrainedTokenizer`, or a tokenizer of a run (`train.data`)."""
+    """Tokenizer that can be saved: a `PretrainedTokenizer`, or a run's tokenizer (`train.data`)."""
 
     def to_pretrained(self) -> PretrainedTokenizer:
-        """Return a tokenizer that encodes texts to the same ids and has a tokenizer.json."""
+        """Return a `PretrainedTokenizer` that encodes every text to the same ids."""
         ...
 
 
@@ -83,21 +83,21 @@ def load_pretrained(
     shardings: Callable[[Any], Any] | None = None,
     strict: bool = True,
 ) -> Pretrained:
-    """Load a Hugging Face folder, a folder of the library's own form, or a GGUF file.
+    """Load a pretrained decoder from a Hugging Face folder, an own-format folder or a GGUF file.
 
-    Everything is checked before the first weight is read. Tensors are read and cast one at a time,
-    so that the host holds one parameter (of all blocks) besides what its devices hold. Each process
-    reads all tensors and keeps the parts that its devices hold.
+    Names and shapes are checked before the parameters are read. Tensors are read and cast one at a
+    time, so that a process holds only one parameter (of all blocks) in RAM in addition to the
+    parameters on its devices. Each process reads all tensors and keeps the shards of its devices.
 
     Args:
         path: Folder, or file ending in `.gguf`.
-        dtype: Dtype of the parameters and of the computation. None means float32, but a model of
-            the library's own form then computes in the dtype of its config.
+        dtype: Dtype of the parameters and of the computation. None means float32, except that a
+            model in the library's own format then computes in the dtype of its config.
         shardings: Function from an abstract `nnx.State` of the model to the sharding of each leaf,
             such as `train.devices.mesh.state_shardings`; None puts all parameters on the first
             device of the process.
-        strict: Whether a tensor that the config does not use is an error. If false, a warning names
-            such tensors, and they are left out.
+        strict: Whether a tensor that the config does not use is an error. If false, unused tensors
+            are skipped with a warning that names them.
 
     Returns:
         Config, parameters and tokenizer of the decoder.
@@ -131,29 +131,30 @@ def save_pretrained(
     dtype: Literal["float32", "bfloat16", "float16"] | None = None,
     format: Literal["transformers", "thoughtbubbles"] = "transformers",
 ) -> None:
-    """Write a folder that stock `transformers` loads: config.json, safetensors, tokenizer.json.
+    """Save a decoder as a folder that stock `transformers` loads, or in the library's own format.
 
-    A model that no family of `transformers` computes, such as one that forks, needs
-    `format="thoughtbubbles"`, the library's own form (`thoughtbubbles.own_form`). `load_pretrained`
-    reads both forms. The folder gets its name only when it is complete. The host holds one tensor
-    at a time.
+    A model that no family of `transformers` can express, such as a model with fork layers, needs
+    `format="thoughtbubbles"`, the library's own format (`thoughtbubbles.own_form`).
+    `load_pretrained` loads both formats. The folder has config.json, model.safetensors and
+    tokenizer.json, and gets its name only when it is complete. Tensors are written one at a time,
+    to save RAM.
 
     Args:
-        path: New folder; an empty one may exist.
+        path: New or empty folder.
         config: Config of the decoder. The format "transformers" needs a decoder without forks that
             a family can express; "thoughtbubbles" takes any architecture.
         params: Nested dict of arrays, as `load_pretrained` returns it, or `nnx.to_pure_dict` of a
-            model's state; all parts of the arrays must be on this process's devices.
+            model's state; the arrays must be fully addressable from this process.
         tokenizer: Tokenizer of the decoder: a `PretrainedTokenizer`, or the tokenizer of a run.
         dtype: Dtype of the stored tensors; None keeps the dtype of the embedding.
-        format: Form of the folder: "transformers", or "thoughtbubbles" for the library's own.
+        format: Format of the folder: "transformers", or "thoughtbubbles" for the library's own.
 
     Raises:
-        ValueError: No family computes what the config computes, the parameters belong to another
-            config, the tokenizer has more ids than the embedding has rows, the dtype is unknown or
-            too narrow for a parameter (a value overflows, or more than 1 % of the nonzero values
-            would become 0), the own form has no name for the architecture or policy, or the folder
-            exists and is not empty.
+        ValueError: No family can express the config, the parameters belong to another config, the
+            tokenizer has more ids than the embedding has rows, the dtype is unknown or too narrow
+            for a parameter (a value overflows, or more than 1 % of the nonzero values would become
+            0), the own format has no name for the architecture or policy, or the folder exists and
+            is not empty.
         OSError: The folder can't be written; no part of it remains.
     """
     path = Path(path).expanduser()
@@ -197,7 +198,7 @@ def save_pretrained(
 
     for name, (_, array, _) in sources.items():
         if np.dtype(stored).itemsize < array.dtype.itemsize or stored == "float16":
-            tensor(name)  # that no value is lost is known before anything is written
+            tensor(name)  # raises for lost values before anything is written
     with new_folder(path) as folder:
         write_safetensors(folder / SINGLE, shapes, np.dtype(stored), tensor)
         for name, text in _texts(fields, saved).items():
@@ -225,19 +226,20 @@ def _narrowed(tensor: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
 
 
 def open_pretrained(path: Path) -> tuple[_Source, Any, PretrainedTokenizer]:
-    """Open a folder or file of a pretrained decoder, without reading its tensors yet.
+    """Open a folder or file of a pretrained decoder; the values of tensors are not read yet.
 
-    The embedding and the head are an exception: if the file holds both although its config ties
-    them, they are read and compared.
+    Only the embedding and the LM head are read, to compare them, if the config ties the two but the
+    file holds both.
 
     Returns:
-        Tensors to read by name, config, and tokenizer.
+        Source with the shape of each tensor (`shapes`) and a method that reads a tensor by its name
+        (`read`); config; and tokenizer.
     """
     return _open(path)[:3]
 
 
 def _open(path: Path) -> tuple[_Source, Any, PretrainedTokenizer, bool]:
-    """Return what `open_pretrained` returns, and whether it has the library's own form."""
+    """Return the results of `open_pretrained`, and whether the folder has the own format."""
     if path.is_file() and path.suffix == ".gguf":
         file = GGUFFile(path)
         config = config_from_json(file.fields, str(path))
@@ -262,7 +264,7 @@ def _open(path: Path) -> tuple[_Source, Any, PretrainedTokenizer, bool]:
 
 
 def _untied(path: Path, source: _Source, config: ModelConfig) -> ModelConfig:
-    """Return the config, with an untied head if the file's head differs from its embedding."""
+    """Return the config, with an untied LM head if the file's LM head and embedding differ."""
     embed, head = TOP["embed"], TOP["head"]
     if not config.tied_head or not {embed, head} <= source.shapes.keys():
         return config
@@ -277,7 +279,7 @@ def _untied(path: Path, source: _Source, config: ModelConfig) -> ModelConfig:
 
 
 def _check_sizes(path: Path, source: _Source, config: ModelConfig) -> None:
-    """Raise a ValueError for sizes that no tensor can have, before any shape is made of them."""
+    """Raise a ValueError if a size of the config is too large for the stored tensors."""
     stored = sum(math.prod(shape) for shape in source.shapes.values())
     sizes = {
         "vocab_size": config.vocab_size,
@@ -298,7 +300,7 @@ def _check_sizes(path: Path, source: _Source, config: ModelConfig) -> None:
 def _check(
     path: Path, source: _Source, parameters: dict[str, StoredParameter], *, tied: bool, strict: bool
 ) -> None:
-    """Raise a ValueError unless all tensors of the config are there, and, if strict, no other."""
+    """Raise a ValueError for missing tensors, wrong shapes or, if strict, unused tensors."""
     expected = {
         name: parameter.stored_shape
         for parameter in parameters.values()
@@ -315,7 +317,7 @@ def _check(
         name
         for name in source.shapes.keys() - expected.keys()
         if not (tied and name == TOP["head"])
-        and not name.endswith("rotary_emb.inv_freq")  # old files hold these, computed from config
+        and not name.endswith("rotary_emb.inv_freq")  # in old files; computed from the config
     }
     if unknown and strict:
         raise ValueError(
@@ -336,7 +338,7 @@ def _sharding_by_name(state: nnx.State, shardings: Callable[[Any], Any] | None) 
 
 
 def _read(source: _Source, parameter: StoredParameter, dtype: np.dtype, sharding: Any) -> jax.Array:
-    """A parameter on the devices of its sharding; each tensor is read once."""
+    """Read a parameter onto the devices of its sharding; each of its tensors is read once."""
     shape = parameter.whole_shape
     local = sharding.addressable_devices_indices_map(shape)
     spans = {device: _spans(index, shape) for device, index in local.items()}
@@ -360,9 +362,9 @@ def _spans(index: tuple[slice, ...], shape: tuple[int, ...]) -> tuple[tuple[int,
 
 
 def _texts(fields: dict[str, Any], tokenizer: PretrainedTokenizer) -> dict[str, str]:
-    """The contents of a folder's text files, by name."""
+    """Return a mapping from name to content of the folder's text files."""
     bos_id = None if tokenizer.bos is None else tokenizer.id(tokenizer.bos)
-    # All of them, since a family's defaults may lie outside the vocabulary.
+    # All three ids, since a family's default ids may lie outside the vocabulary.
     ids = {"bos_token_id": bos_id, "eos_token_id": list(tokenizer.stop_ids), "pad_token_id": None}
     names = {
         "tokenizer_class": "PreTrainedTokenizerFast",

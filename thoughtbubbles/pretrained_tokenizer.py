@@ -1,4 +1,4 @@
-"""The tokenizer of pretrained weights: text to ids and back, stop tokens, chat template."""
+"""The tokenizer of a pretrained model: text to ids and back, stop tokens, chat template."""
 
 import functools
 import hashlib
@@ -20,7 +20,7 @@ _LLAMA3_WORDS = (
 )
 _QWEN2_WORDS = _LLAMA3_WORDS.replace("{1,3}", "")
 BYTE_LEVEL_KINDS = ("gpt-2", "default", "smollm", "llama-bpe", "qwen2")
-"""Pre-tokenizers that are supported, by their names in GGUF metadata."""
+"""Names, in GGUF metadata, of the supported pre-tokenizers."""
 
 
 class PretrainedTokenizer:
@@ -28,28 +28,29 @@ class PretrainedTokenizer:
 
     Args:
         text: Content of the tokenizer.json.
-        name: Name in messages, such as the file's path.
-        bos: Beginning-of-sequence token, for chat templates; None for a model without one.
-        stop_tokens: Tokens that end a text, the end-of-sequence token first.
+        name: Name of the tokenizer in messages, such as the file's path.
+        bos: Beginning-of-sequence (BOS) token, for chat templates; None for a model without BOS.
+        stop_tokens: Tokens that end a text, with the end-of-sequence (EOS) token first.
         chat_template: Chat template in Jinja, or None.
-        embedding_rows: Number of rows of the embedding; None means one for each id. Added tokens
-            whose ids have no row can be neither encoded nor generated, and a warning names the
-            special tokens among them.
+        embedding_rows: Number of rows of the embedding; None means one row for each id. Added
+            tokens whose ids have no row can be neither encoded nor generated; a warning names such
+            special tokens.
 
     Attributes:
-        name: Name in messages.
+        name: Name of the tokenizer in messages.
         chat_template: Chat template in Jinja, or None.
-        vocab_size: Size of the vocabulary, at most `embedding_rows`; all usable ids are below it.
+        vocab_size: Size of the vocabulary, at most `embedding_rows`; usable ids are smaller.
         embedding_rows: Number of rows of the embedding, or None.
-        bos: Beginning-of-sequence token, or None.
-        eos: End-of-sequence token: the first stop token that has a row in the embedding, or None.
-        stop_ids: Ids that end a text; the separator if no stop token is given.
-        separator: Id in front of each document: the first one that the tokenizer itself puts before
-            a text, else the id of `<|endoftext|>`, else the first stop id.
+        bos: BOS token, or None.
+        eos: EOS token: the first stop token that has a row in the embedding, or None.
+        stop_ids: Ids that end a text; the separator's id if no stop token is usable.
+        separator: Id of the token in front of each document: the first special token that the
+            tokenizer adds before a text, else `<|endoftext|>`, else the first stop token.
 
     Raises:
         ValueError: The text is not a tokenizer.json, `bos` or a stop token is not in its
-            vocabulary, no token can be the separator, or a token that was not added has no row.
+            vocabulary, no token can be the separator, or a token that is not an added token has no
+            row in the embedding.
     """
 
     def __init__(
@@ -72,7 +73,7 @@ class PretrainedTokenizer:
             raise ValueError(f"{name} is not a tokenizer.json: {why}") from error
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        self._tokenizer.encode_special_tokens = True  # as text
+        self._tokenizer.encode_special_tokens = True  # spelled-out special tokens become plain text
         self._vocabulary = vocabulary = self._tokenizer.get_vocab()
         self.vocab_size = max(vocabulary.values(), default=-1) + 1
         self.embedding_rows = embedding_rows
@@ -103,7 +104,7 @@ class PretrainedTokenizer:
         self.bos = None if bos in above else bos
         known = [token for token in stop_tokens if token not in above]
         self.eos = next(iter(known), None)
-        # As the tokenizer puts its special tokens around a text: all of them, or none.
+        # Special tokens that the tokenizer adds around a text are added all, or none of them.
         self._wraps = not set(prefix) & set(above)
         separators = [*(prefix[:1] if self._wraps else []), SEPARATOR, *known]
         ids = [vocabulary[token] for token in separators if token in vocabulary]
@@ -131,7 +132,7 @@ class PretrainedTokenizer:
                 special_tokens_map.json, generation_config.json and chat_template.jinja.
             config: Content of the folder's config.json, which may hold bos_token_id and
                 eos_token_id.
-            embedding_rows: Number of rows of the embedding; None means one for each id.
+            embedding_rows: Number of rows of the embedding; None means one row for each id.
 
         Raises:
             ValueError: The folder has no tokenizer.json, a file in it is damaged, or the tokenizer
@@ -170,15 +171,18 @@ class PretrainedTokenizer:
 
     @property
     def fingerprint(self) -> str:
-        """Hash of the content of the tokenizer.json, the same for any order of its keys."""
+        """Hash of the content of the tokenizer.json, which does not depend on the order of keys."""
         canonical = json.dumps(json.loads(self._json), sort_keys=True)
         return hashlib.blake2b(canonical.encode(), digest_size=16).hexdigest()
 
     def encode(self, text: str) -> tuple[np.ndarray, np.ndarray]:
-        """Encode a text: ids, int32 `[n]`, and number of UTF-8 bytes of each id, int32 `[n]`.
+        """Encode a text to `n` ids.
 
-        A special token that the text spells out is encoded as plain text. The numbers of bytes sum
-        to the text's number of bytes unless `n` is 0.
+        A special token that the text spells out is encoded as plain text.
+
+        Returns:
+            Ids `[n]` int32, and number of UTF-8 bytes of each token `[n]` int32. Unless `n` is 0,
+            these numbers sum to the number of bytes of the text.
         """
         encoding = self._encoded(self._tokenizer, text, add_special_tokens=False)
         return np.array(self._known(encoding.ids), np.int32), bytes_of_tokens(
@@ -186,7 +190,7 @@ class PretrainedTokenizer:
         )
 
     def prompt(self, text: str) -> list[int]:
-        """Encode a prompt to ids, with what the tokenizer itself puts in front of a text.
+        """Encode a prompt to ids, with the special tokens that the tokenizer adds around a text.
 
         A prompt without any ids becomes the separator alone.
         """
@@ -194,7 +198,7 @@ class PretrainedTokenizer:
         return self._known(found.ids) or [self.separator]
 
     def rendered(self, text: str) -> list[int]:
-        """Encode a text that spells out its special tokens, as chat templates do, to ids."""
+        """Encode a text, such as a rendered chat template, whose special tokens are spelled out."""
         encoding = self._encoded(self._with_special_tokens, text, add_special_tokens=False)
         return self._known(encoding.ids)
 
@@ -212,7 +216,7 @@ class PretrainedTokenizer:
 
     @functools.cached_property
     def _with_special_tokens(self) -> Any:
-        # A second tokenizer: the flag belongs to the object, and threads share that.
+        # A second tokenizer, because the flag belongs to the object, which threads share.
         copy = type(self._tokenizer).from_str(self._tokenizer.to_str())
         copy.encode_special_tokens = False
         return copy
@@ -240,7 +244,7 @@ class PretrainedTokenizer:
         return self._json
 
     def to_pretrained(self) -> "PretrainedTokenizer":
-        """Return this tokenizer, so that it may be used where a run's tokenizer may be."""
+        """Return this tokenizer itself, as `AnyTokenizer` requires."""
         return self
 
 
@@ -248,13 +252,13 @@ def encoded(tokenizer: Any, text: str, name: str, **options: Any) -> Any:
     """Encode a text with a tokenizer of the `tokenizers` library.
 
     Args:
-        tokenizer: Tokenizer of that library.
+        tokenizer: A `tokenizers.Tokenizer`.
         text: Text to encode.
         name: Name of the tokenizer in messages.
         options: Options of the tokenizer's method `encode`.
 
     Returns:
-        Encoding of the library, with `ids` and `offsets`.
+        A `tokenizers.Encoding`, with `ids` and `offsets`.
 
     Raises:
         ValueError: The text has half of a surrogate pair, such as `"\\ud800"` from JSON or from
@@ -273,11 +277,12 @@ def encoded(tokenizer: Any, text: str, name: str, **options: Any) -> Any:
 
 
 def bytes_of_tokens(text: str, offsets: Sequence[tuple[int, int]]) -> np.ndarray:
-    """Count the UTF-8 bytes of each token, int32 `[n]`; they sum to the bytes of the text.
+    """Count the UTF-8 bytes of each token; the counts `[n]` int32 sum to the bytes of the text.
 
     Args:
         text: Text that was encoded.
-        offsets: Index of the first character of each token, and index after its last character.
+        offsets: Index of the first character of each of the `n` tokens, and index after the token's
+            last character.
     """
     if not offsets:
         return np.zeros(0, np.int32)
@@ -303,9 +308,9 @@ def byte_level_bpe(
 
     Args:
         vocabulary: Id of each token.
-        merges: Pairs of tokens to merge, the earliest merge first.
-        added: Whether each token that is never split is special, by token.
-        begin: Token in front of every text, or None.
+        merges: Pairs of tokens to merge, in order of priority.
+        added: Mapping from added token, which is never split, to whether the token is special.
+        begin: Token that the tokenizer adds in front of every text, or None.
         kind: Name of the pre-tokenizer, one of `BYTE_LEVEL_KINDS`.
         source: Name of the file in error messages.
 
@@ -337,7 +342,7 @@ def byte_level_bpe(
         if len(pair) != 2 or missing:
             why = f"names {shown(missing[0])}, no token" if missing else "is no pair"
             raise ValueError(f"{source}: merge {shown(' '.join(pair))} {why}: convert it anew")
-    # Llama 3 takes whole words that are tokens, whether merges lead there or not.
+    # Llama 3 encodes a word that is a token as this token, even if no merges produce it.
     model = models.BPE(dict(vocabulary), list(merges), ignore_merges=kind == "llama-bpe")  # type: ignore
     made = Tokenizer(model)
     words: dict[str, list[Any]] = {

@@ -1,4 +1,4 @@
-"""Ranks among candidates: the best of a row, and ranks within every prefix of it."""
+"""Rank candidates by their keys: the best of each row, and ranks within prefixes of a row."""
 
 import math
 
@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from thoughtbubbles.placement import broadcast_beside
 
-LARGEST_PAIRS = 2**24  # compared at a time in each row, as a CPU holds them all
+LARGEST_PAIRS = 2**24  # pairs compared at a time in each row, because a CPU holds all in RAM
 NO_TOKEN = 2**30  # token index of an entry without a candidate: after every token
 
 
@@ -27,19 +27,20 @@ def best(keys: jax.Array, count: jax.Array) -> jax.Array:
 
 
 def prefix_ranks(keys: jax.Array, token: jax.Array, window: int | None = None) -> jax.Array:
-    """Rank each entry of a row among the entries of tokens up to its own token.
+    """Rank each entry of a row among the entries of its own token and of earlier tokens.
 
-    The rank of an entry is the number of entries in its range that have a larger key. The range
-    runs from an index `start` to an index `end`, because token indices never fall along a row.
-    Comparing all pairs would take N^2 steps; this takes O(N sqrt(N)). Entries are sorted by key and
-    split into buckets of about sqrt(N). Entries of better buckets are counted by prefix sums along
-    the row, one for each bucket; entries of the same bucket are compared in pairs.
+    The rank of an entry is the number of competing entries with a larger key. Because token indices
+    never decrease along a row, competing entries form a range from an index `start` to an index
+    `end`. The algorithm takes O(N sqrt(N)) steps instead of N^2 for all pairs. Entries are sorted
+    by key and split into buckets of about sqrt(N) entries. Competing entries in better buckets are
+    counted by prefix sums along the row, one for each bucket; entries of the same bucket are
+    compared in pairs.
 
     Args:
         keys: `[B, N]` float32 without NaN; a larger key ranks higher, ties go to the lower index.
-        token: `[B, N]` int32, token index of each entry, which never falls along a row.
-        window: Number of latest tokens whose entries count; None counts the entries of all tokens
-            up to the entry's own.
+        token: `[B, N]` int32, token index of each entry, non-decreasing along a row.
+        window: Number of latest tokens whose entries compete, the entry's own token included; None
+            for all tokens up to the entry's own.
 
     Returns:
         `[B, N]` int32 ranks, 0 for the best.
@@ -68,7 +69,7 @@ def prefix_ranks(keys: jax.Array, token: jax.Array, window: int | None = None) -
 
 
 def _better_in_bucket(order: jax.Array, start: jax.Array, end: jax.Array, width: int) -> jax.Array:
-    """For each entry by `order`, how many entries of its bucket are better and in its range.
+    """Count, for each entry in `order`, the better entries of its bucket within its range.
 
     Args:
         order: `[B, N]` int32, indices of the entries, the best first.
@@ -95,18 +96,19 @@ def ranks_among(
     new_index: jax.Array,
     window: int | None = None,
 ) -> jax.Array:
-    """Compute `prefix_ranks` for a few entries of a row, by comparing each with all entries.
+    """Compute the `prefix_ranks` of `M` new entries of a row by comparison with all entries.
 
-    If that takes more than `LARGEST_PAIRS` comparisons in a row, groups of the few entries are
-    processed one after the other.
+    To bound the memory, the new entries are processed in groups if there would be more than
+    `LARGEST_PAIRS` comparisons in a row.
 
     Args:
-        keys: `[B, N]` float32 keys of all entries of the row, the few entries included.
+        keys: `[B, N]` float32, keys of all entries of the row, the new entries included.
         token: `[B, N]` int32, token index of each entry of the row.
-        new_keys: `[B, M]` float32, keys of the few entries.
-        new_token: `[B, M]` int32, token indices of the few entries.
-        new_index: `[B, M]` int32, indices of the few entries in the row.
-        window: Number of latest tokens whose entries count; None counts all up to the entry's own.
+        new_keys: `[B, M]` float32, keys of the new entries.
+        new_token: `[B, M]` int32, token indices of the new entries.
+        new_index: `[B, M]` int32, indices of the new entries in the row.
+        window: Number of latest tokens whose entries compete, the entry's own token included; None
+            for all tokens up to the entry's own.
 
     Returns:
         `[B, M]` int32 ranks.
@@ -136,7 +138,7 @@ def at_least(keys: jax.Array, used: jax.Array, new_keys: jax.Array) -> jax.Array
     """Count the keys of a row that are at least as large as each new key, in O(N + M) memory.
 
     Args:
-        keys: `[B, N]` float32; the first `used` keys of a row are used, the rest are -inf.
+        keys: `[B, N]` float32; the first `used` keys of a row are used, all later keys are -inf.
         used: `[B]` int32, number of used keys.
         new_keys: `[B, M]` float32, keys to compare with.
 
@@ -148,7 +150,7 @@ def at_least(keys: jax.Array, used: jax.Array, new_keys: jax.Array) -> jax.Array
 
 
 def _after_run(token: jax.Array, index: jax.Array) -> jax.Array:
-    """`[B, N]`: index after the last entry of the token of each entry of a sorted row."""
+    """For each entry of a row sorted by token, the index after its token's last entry, `[B, N]`."""
     changes = token[:, :-1] != token[:, 1:]
     is_last = jnp.concatenate([changes, jnp.ones_like(token[:, :1], bool)], axis=1)
     return jax.lax.cummin(jnp.where(is_last, index + 1, token.shape[1]), axis=1, reverse=True)

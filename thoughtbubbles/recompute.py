@@ -1,4 +1,4 @@
-"""Recomputation of forward results in the backward pass, so that they need not be stored."""
+"""Rematerialization: recompute activations in the backward pass instead of storing them."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from thoughtbubbles.streams import Streams
 
 
 def once_known(values: jax.Array, gradient: jax.Array) -> jax.Array:
-    """Make values depend on a gradient, so that the backward pass recomputes results from them.
+    """Make values depend on a gradient, so that XLA must recompute results from these values.
 
-    Without the dependence XLA finds that the results equal those of the forward pass, and stores
-    the latter. A barrier, as in `jax.checkpoint`, prevents that, but on a CPU XLA removes barriers
-    before it looks for equal computations. There, 0 times the gradient is added to the values,
-    which XLA never simplifies away.
+    Without this dependence, XLA finds that recomputed results equal those of the forward pass, and
+    stores the latter. An optimization barrier, as in `jax.checkpoint`, prevents this, except on a
+    CPU, where XLA removes barriers before it eliminates common subexpressions. On a CPU, 0 times
+    the gradient is added to the values instead, which XLA never simplifies away.
 
     Args:
-        values: Values `[...]` that forward results are computed from.
-        gradient: Gradient of any result that has the shape of the values.
+        values: Values `[...]` from which the backward pass recomputes results.
+        gradient: Gradient of any result with the same shape as the values.
 
     Returns:
         The same values.
@@ -35,7 +35,7 @@ def once_known(values: jax.Array, gradient: jax.Array) -> jax.Array:
 
 
 def _zeros_of(values: jax.Array) -> jax.Array:
-    # XLA knows no zero here, as 0 times a value may be NaN; that of an infinite one is replaced.
+    # XLA can't simplify this to 0, as 0 times a value may be NaN; non-finite values become 0.
     return jnp.where(jnp.isfinite(values), 0 * values, 0)
 
 
@@ -44,7 +44,7 @@ def recomputed(run: Callable[..., Streams]) -> Callable[..., Streams]:
 
     Args:
         run: Function of streams and further arrays that returns streams of the same shape. Arrays
-            that need a gradient must be arguments, not closed over.
+            that need a gradient must be arguments, not closure variables.
 
     Returns:
         Function with the arguments, the result and the gradients of `run`.

@@ -1,14 +1,15 @@
-"""Retrofit: fork layers in a pretrained decoder, which leave its output unchanged at first.
+"""Retrofit: add fork layers to a pretrained decoder that leave its output unchanged at first.
 
-A fork acts on other streams as one more key of attention, whose weight is exactly multiplied by the
-fork's score p (`score_bias="none"`; values unscaled). In each fork layer, a learned scalar gate
-scales p (`forking.candidate_log_scores`). Its initial value `GATE` makes the effect of every fork
-smaller than float32's last digit. The output is linear in the gate to first order, so the gate has
-a gradient like any other parameter, and the first step of an optimizer opens it; from then on
-scores and fork embeddings learn too.
+A fork affects other streams as one more key in attention. The fork's score p exactly multiplies the
+unnormalised attention probability of this key (`score_bias="none"`; values unscaled). In each fork
+layer, a learned scalar gate scales p (`forking.candidate_log_scores`). The gate's initial value
+`GATE` makes the effect of every fork smaller than float32's last digit. The output is linear in the
+gate to first order, so the gate has a gradient like any other parameter, and the first optimizer
+step opens it; from then on, scores and fork embeddings are learned too.
 
-A fork itself is computed in full (`residual_scaling=False`). If a p near 0 scaled its residual
-updates, it would carry its parent's residual through the network unchanged, and contribute nothing.
+The residual updates of a fork are not scaled by p (`residual_scaling=False`). If they were scaled
+by a p near 0, the fork would carry its parent's residual through the network unchanged, and
+contribute nothing.
 """
 
 import dataclasses
@@ -36,23 +37,23 @@ def add_forks(
     policy: Policy = PrefixRank(),  # noqa: B008 (frozen)
     seed: int = 0,
 ) -> tuple[ModelConfig, dict[Any, Any]]:
-    """Add fork layers to a decoder; its output stays the same until they are trained.
+    """Add fork layers to a decoder; its output stays the same until the fork layers are trained.
 
     Args:
-        config: Config of a decoder without forks.
-        weights: Weights of the decoder, a nested dict of arrays, such as `load_pretrained` returns,
-            or an `nnx.State`; their arrays are kept as they are.
-        layers: Indices of the blocks that get a fork layer in front, from 0, in rising order.
+        config: Config of a decoder without fork layers.
+        weights: Parameters of the decoder, a nested dict of arrays, such as `load_pretrained`
+            returns, or an `nnx.State`; the arrays are neither copied nor changed.
+        layers: Indices of the blocks that get a fork layer in front, from 0, in increasing order.
         policy: Policy of the fork layers.
-        seed: Seed of the new parameters, which are float32 and replicated on the devices of the
-            embedding.
+        seed: Seed to initialise the new parameters, which are float32 and replicated on the devices
+            of the embedding.
 
     Returns:
-        The new config, and the weights with one more entry, "forks", for those of the fork layers.
+        The new config, and the parameters with one more entry, "forks", for the fork layers.
 
     Raises:
         ValueError: The config has fork layers or copies, `layers` is empty or has an index out of
-            range, or the weights do not belong to the config.
+            range, or the parameters do not belong to the config.
     """
     if config.fork_layers:
         raise ValueError(
@@ -66,7 +67,7 @@ def add_forks(
     abstract_module(lambda: Thoughtbubbles.from_params(config, weights))  # raises if they don't fit
 
     def forks() -> Any:
-        # XLA computes what is returned, so the rest of the model costs nothing.
+        # XLA computes only the returned arrays, so the other parameters cost nothing.
         model = Thoughtbubbles(forking, rngs=nnx.Rngs(seed))
         return nnx.to_pure_dict(nnx.state(model))["forks"]
 
@@ -75,7 +76,7 @@ def add_forks(
 
 
 def forking_config(config: ModelConfig, layers: Sequence[int], policy: Policy) -> ModelConfig:
-    """Return the config with fork layers that leave the output unchanged at first."""
+    """Return the config with fork layers whose initial parameters leave the output unchanged."""
     return dataclasses.replace(
         config,
         fork_layers=tuple(layers),
@@ -90,7 +91,7 @@ def forking_config(config: ModelConfig, layers: Sequence[int], policy: Policy) -
 
 
 def _replicated_like(array: Any) -> Any:
-    """Return the sharding that replicates arrays on the devices of this one."""
+    """Return the sharding that replicates an array on all devices of the given array."""
     sharding = getattr(array, "sharding", None)
     if isinstance(sharding, NamedSharding):
         return NamedSharding(sharding.mesh, PartitionSpec())

@@ -1,4 +1,4 @@
-"""Rows of tokens: inputs and targets, padding on either side, several texts in a row."""
+"""Rows of tokens: split into inputs and targets, align padding, unpack packed sequences."""
 
 from __future__ import annotations
 
@@ -24,19 +24,20 @@ def next_tokens(rows: Int[AnyArray, "B T+1"]) -> tuple[Int[AnyArray, "B T"], Int
         rows: Token ids `[B, T + 1]`, integers.
 
     Returns:
-        Inputs `[B, T]`, all ids but the last of each row; and targets `[B, T]`, all but the first.
+        Inputs `[B, T]`, all ids of each row but the last; and targets `[B, T]`, all ids but the
+        first.
 
     Raises:
         ValueError: The rows are not integers `[B, T + 1]` with at least two ids, or have padding in
-            front of a token. The latter is not checked for rows that `jit` traces or that other
-            hosts hold in part (`padded_in_front`).
+            front of a token. Padding is not checked in rows that are traced by `jit` or not fully
+            addressable; see `padded_in_front`.
     """
     _check_rows(rows=rows)
     check_integer_type("rows", rows.dtype)
     if rows.ndim > 2 or rows.shape[1] < 2:
         raise ValueError(f"rows of shape {rows.shape}: give [batch, tokens + 1], with a next token")
     if not isinstance(rows, Tracer) and getattr(rows, "is_fully_addressable", True):
-        known = np.asarray(rows)  # of NumPy: jit traces what is computed of arrays it closes over
+        known = np.asarray(rows)  # NumPy, since jit would trace operations on a closed-over array
         wrong = padded_in_front(known[:, :-1], known[:, 1:])
         if wrong.any():
             raise ValueError(
@@ -46,7 +47,9 @@ def next_tokens(rows: Int[AnyArray, "B T+1"]) -> tuple[Int[AnyArray, "B T"], Int
 
 
 def padded_in_front(inputs: AnyArray, targets: AnyArray) -> Any:
-    """Find rows, `[B]` bool, with padding (-1) in front of a token, which makes their loss NaN.
+    """Return whether each row has padding (-1) in front of a token, `[B]` bool.
+
+    The loss of such a row is NaN.
 
     Args:
         inputs: Input token ids `[B, T]`, as `next_tokens` returns them.
@@ -56,7 +59,9 @@ def padded_in_front(inputs: AnyArray, targets: AnyArray) -> Any:
 
 
 def nats_of(log_prob: Array, inputs: AnyArray, targets: AnyArray) -> Array:
-    """Compute nats `[B, T]` of targets: 0 for padding, NaN in rows padded in front of a token.
+    """Compute the loss of each target, `[B, T]` float32 nats: 0 for padding.
+
+    The loss is NaN in a row with padding in front of a token.
 
     Args:
         log_prob: Log-probabilities of the targets, `[B, T]` float32.
@@ -77,8 +82,8 @@ def left_align(
         mask: Whether each token is real, `[B, T]` bool or integers.
 
     Returns:
-        Aligned tokens `[B, T, ...]`, which padding follows; number of real tokens of each row,
-        `[B]` int32; and `rank [B, T]`, the new index of each real token.
+        Aligned tokens `[B, T, ...]`, with padding on the right; number of real tokens of each row,
+        `[B]` int32; and `rank [B, T]` integers, the new index of each real token.
 
     Raises:
         ValueError: The mask does not have one bool or integer for each token.
@@ -96,15 +101,15 @@ def restore_alignment(
     mask: Bool[AnyArray, "B T"],
     rank: Int[Array, "B T"],
 ) -> Shaped[Array, "B T *rest"]:
-    """Undo `left_align` for values of each token; values of padding become 0.
+    """Move values of aligned tokens back to the tokens' original positions; padding becomes 0.
 
     Args:
-        values: Values of the aligned tokens, `[B, T, ...]`.
-        mask: Mask that `left_align` was given.
-        rank: New index of each token, as `left_align` returned it.
+        values: Values of the tokens that `left_align` returned, `[B, T, ...]`.
+        mask: Argument `mask` of `left_align`, `[B, T]`.
+        rank: New index of each token, as `left_align` returned it, `[B, T]` integers.
 
     Raises:
-        ValueError: The mask or `rank` does not have one entry for each token, or the wrong type.
+        ValueError: The mask or `rank` does not have one entry for each token, or has a wrong dtype.
     """
     mask = _real(mask, values)
     if not hasattr(rank, "shape") or rank.shape != mask.shape:
@@ -125,21 +130,21 @@ def split_segments(
 ) -> tuple[Shaped[Array, "B*N T *rest"], Int[Array, " B*N"]]:
     """Split packed rows into rows of one text each, because a fork policy has a budget per row.
 
+    `join_segments` undoes the split for values of tokens.
+
     Args:
-        tokens: Token ids `[B, T]` or vectors `[B, T, ...]`, several texts in a row.
-        segment_ids: Number of each token's text in its row, from 1; 0 for padding. `[B, T]`
+        tokens: Token ids `[B, T]` or vectors `[B, T, ...]`, with several texts packed in a row.
+        segment_ids: Index of each token's text in its row, from 1, or 0 for padding; `[B, T]`
             integers.
         num_segments: Static maximum number `N` of texts in a row.
 
     Returns:
         Tokens `[B * N, T, ...]`, with text `n` of row `b` at the start of row `b * N + n - 1`; and
-        number of tokens of each new row, `[B * N]` int32. `join_segments` undoes the split for
-        values of tokens.
+        number of tokens of each new row, `[B * N]` int32.
 
     Raises:
         ValueError: `N` is below 1, there is not one integer id for each token, or an id is not from
-            0 to `N`. Under `jit` ids are not checked; `join_segments` gives NaN where they are
-            wrong.
+            0 to `N`. Ids are not checked under `jit`; `join_segments` then gives NaN for wrong ids.
     """
     _check_rows(tokens=tokens, segment_ids=segment_ids)
     if not hasattr(num_segments, "__index__"):
@@ -167,15 +172,18 @@ def split_segments(
 def join_segments(
     values: Shaped[Array, "B*N T *rest"], segment_ids: Int[AnyArray, "B T"]
 ) -> Shaped[Array, "B T *rest"]:
-    """Undo `split_segments` for float values of each token; values of padding become 0.
+    """Pack values of the rows of `split_segments` into the original rows; padding becomes 0.
 
     Args:
-        values: Values `[B * N, T, ...]` of the tokens of the split rows.
-        segment_ids: Ids `[B, T]` that `split_segments` was given.
+        values: Float values of the split tokens, `[B * N, T, ...]`.
+        segment_ids: Argument `segment_ids` of `split_segments`, `[B, T]` integers.
+
+    Returns:
+        Values `[B, T, ...]`, one for each token of the packed rows.
 
     Raises:
-        ValueError: The number of rows of values is not a multiple of the number of rows of ids, or
-            the rows have other lengths.
+        ValueError: The number of rows of `values` is not a multiple of that of `segment_ids`, or
+            the rows of both have different lengths.
     """
     _check_rows(values=values, segment_ids=segment_ids)
     if values.shape[0] % segment_ids.shape[0] or values.shape[1] != segment_ids.shape[1]:
@@ -194,14 +202,14 @@ def join_segments(
 
 
 def _segments(segment_ids: AnyArray, num_segments: int) -> jax.Array:
-    """Return which tokens belong to each text of each row, `[B * N, T]` bool."""
+    """Return whether each token belongs to text `n` of row `b`, `[B * N, T]` bool."""
     ids = jnp.asarray(segment_ids)
     mask = ids[:, None] == jnp.arange(1, num_segments + 1, dtype=jnp.int32)[None, :, None]
     return mask.reshape(-1, ids.shape[1])
 
 
 def _check_rows(**arrays: Any) -> None:
-    """Raise a ValueError unless these are arrays `[batch, tokens, ...]`."""
+    """Raise a ValueError unless all arguments are arrays `[batch, tokens, ...]`."""
     for name, values in arrays.items():
         if not hasattr(values, "shape"):
             raise ValueError(f"{name} are a {type(values).__name__}: give an array, by jnp.asarray")

@@ -1,10 +1,10 @@
-"""Safetensors files, read one tensor at a time and written as one stream; no pickle, no mmap.
+"""Read and write safetensors files one tensor at a time, without pickle and without mmap.
 
-The format is eight bytes with the length of a JSON header, then the header with the type, shape and
-offsets of each tensor, then the bytes of all tensors in row-major order. The `safetensors` package
-would be one more dependency, and reads through a map of the whole file. Reading the tensors of a
-1.07 GB file one by one raises the peak memory of the process by 16 MB here; with the package, the
-peak is 1 GB higher.
+The format is eight bytes with the length of a JSON header, then the header with the dtype, shape
+and offsets of each tensor, then the bytes of all tensors in row-major order. The `safetensors`
+package would be one more dependency, and it maps the whole file into memory. To read the tensors of
+a 1.07 GB file one by one raises the peak RAM of the process by 16 MB with this module, and by 1 GB
+with the package.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ import numpy as np
 
 from thoughtbubbles.fields import LARGEST, Fields, cut, parse_object, read_json, shown
 
-# Floating-point types of weights; packed and 8-bit types would need scales, of an unknown layout.
+# Floating-point dtypes; packed and 8-bit dtypes would need scales, whose layout is unknown.
 DTYPES = {
     "F64": np.dtype(np.float64),
     "F32": np.dtype(np.float32),
@@ -42,23 +42,23 @@ class _Location(NamedTuple):
 
 
 class SafetensorsFiles:
-    """The tensors of a folder, from `model.safetensors` or from the shards that its index names.
+    """The tensors of a folder, in `model.safetensors` or in the shards listed by its index file.
 
     The constructor reads only the headers, and checks them against the sizes of the files; `read`
-    loads a tensor. A tensor that is in a shard but not in the index is used too. Warnings name
-    tensors that the index does not list, copies in shards other than the one that the index names
-    (which are not used), and safetensors files that are not read.
+    loads a tensor. Tensors that are in a shard but not in the index are available too, with a
+    warning. Copies of a tensor in other shards than the one in the index, and further safetensors
+    files in the folder, are ignored with a warning.
 
     Args:
         folder: Folder with the files.
-        single: Name of the file that holds all tensors. With another name than the default,
+        single: Name of the file that holds all tensors. If it is not the default,
             `model.safetensors`, index and shards are ignored.
 
     Attributes:
-        shapes: Shape of every tensor, by name.
+        shapes: Mapping from tensor name to shape.
 
     Raises:
-        ValueError: A file is missing, damaged or incomplete, or a tensor has an unsupported type.
+        ValueError: A file is missing, damaged or incomplete, or a tensor has an unsupported dtype.
     """
 
     def __init__(self, folder: Path, single: str = SINGLE):
@@ -129,7 +129,7 @@ class SafetensorsFiles:
 
 
 def some(names: set[str]) -> str:
-    """Join the first three names, and say how many more there are."""
+    """Format a set of names for a message: the first three names, and the number of the others."""
     first = ", ".join(cut(name, 100) for name in sorted(names)[:3])
     return first + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
@@ -182,7 +182,7 @@ def _locations(file: Path) -> dict[str, _Location]:
 def _entry(
     header: dict[str, Any], name: str, file: str
 ) -> tuple[np.dtype, tuple[int, ...], int, int]:
-    """Return dtype, shape, first byte and end (after the last byte) of a tensor."""
+    """Parse one tensor's header entry: dtype, shape, first byte, and index after the last byte."""
     if not isinstance(header[name], dict):
         raise ValueError(f"{file}: {name}={shown(header[name])} is not an object: export it anew")
     entry = Fields(header[name], f"{file}: {name}")
@@ -201,17 +201,20 @@ def _entry(
 
 
 def check_new_folder(path: Path) -> None:
-    """Raise a ValueError unless the path is free or an empty folder."""
+    """Raise a ValueError unless the path does not exist or is an empty folder."""
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise ValueError(f"{path} is there already: pass another folder, or delete it first")
 
 
 @contextlib.contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """Make a folder to write into, which gets its name only if the block ends without an error.
+    """Context manager that writes a folder completely or not at all.
+
+    The caller writes into a temporary folder, which is renamed to `path` if the block ends without
+    an error, and deleted otherwise.
 
     Args:
-        path: New folder; an empty one may exist.
+        path: New or empty folder.
 
     Yields:
         Temporary folder to write into.
@@ -240,13 +243,13 @@ def write_safetensors(
     dtype: np.dtype,
     tensor_of: Callable[[str], np.ndarray],
 ) -> None:
-    """Write a safetensors file of tensors of one dtype, one tensor at a time.
+    """Write a safetensors file, one tensor at a time; all tensors have the same dtype.
 
     Args:
-        file: File to write; an existing one is overwritten.
-        shapes: Shape of every tensor by name, in the order of the file.
+        file: File to write; an existing file is overwritten.
+        shapes: Mapping from tensor name to shape, in the order of the file.
         dtype: Dtype of all tensors in the file.
-        tensor_of: Function from the name of a tensor to the tensor.
+        tensor_of: Function from the name of a tensor to its values, which are cast to `dtype`.
     """
     kind = next(name for name, known in DTYPES.items() if known == dtype)
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}

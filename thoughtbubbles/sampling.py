@@ -1,7 +1,7 @@
-"""Sampling the next token: temperature, then top-k, top-p and min-p, as pure functions on logits.
+"""Sample the next token by temperature, then top-k, top-p and min-p, as pure functions of logits.
 
 The order is that of Hugging Face's `generate`: each filter applies to the distribution that the
-previous filter left.
+previous filter returns.
 """
 
 from __future__ import annotations
@@ -25,10 +25,12 @@ if TYPE_CHECKING:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """Options of sampling; a filter of None is not applied and costs nothing.
+    """Sampling options as arrays, so that other values need no recompilation.
+
+    A filter that is None is not applied and costs nothing.
 
     Attributes:
-        temperature: Temperature, a float32 scalar; None takes the most probable token.
+        temperature: Temperature, a float32 scalar; None means greedy decoding.
         top_k: Number of most probable tokens to sample from, an int32 scalar.
         top_p: Minimum probability mass of the tokens to sample from, a float32 scalar.
         min_p: Minimum ratio of a token's probability to that of the most probable token, a float32
@@ -48,15 +50,15 @@ class Sampling:
         top_p: float | None = None,
         min_p: float | None = None,
     ) -> Sampling:
-        """Check options and make a `Sampling` of them.
+        """Make a `Sampling` from Python numbers, after a check of their ranges.
 
         Args:
-            temperature: Temperature; 0 takes the most probable token, whatever the filters.
-            top_k: Number of most probable tokens to sample from; None switches the filter off.
-            top_p: Minimum probability mass of the tokens to sample from; None and 1 switch the
-                filter off.
+            temperature: Temperature; 0 means greedy decoding, and filters have no effect.
+            top_k: Number of most probable tokens to sample from; None disables the filter.
+            top_p: Minimum probability mass of the tokens to sample from; None and 1 disable the
+                filter.
             min_p: Minimum ratio of a token's probability to that of the most probable token; None
-                switches the filter off.
+                disables the filter.
 
         Raises:
             ValueError: An option is out of its range.
@@ -76,12 +78,12 @@ class Sampling:
 def sample(
     logits: Float[Array, "B V"], keys: Key[Array, " B"], sampling: Sampling
 ) -> Int[Array, " B"]:
-    """Sample one token id for each row, or -1 for a row whose logits hold a NaN.
+    """Sample one token id for each row, or -1 for a row whose logits contain NaN.
 
     Args:
         logits: Float32 logits; -inf excludes a token.
-        keys: Random key of each row.
-        sampling: Options of sampling.
+        keys: PRNG key of each row.
+        sampling: Sampling options.
     """
     if sampling.temperature is None:
         chosen = logits.argmax(axis=-1)
@@ -104,9 +106,9 @@ def filtered(logits: Float[Array, "B V"], sampling: Sampling) -> Float[Array, "B
 
 
 def keep_top_k(logits: Float[Array, "B V"], k: Int[Array, ""] | int) -> Float[Array, "B V"]:
-    """Keep the `k` most probable tokens, and ties with the last.
+    """Set the logits of all but the `k` most probable tokens to -inf (top-k sampling).
 
-    Fan et al. 2018, arXiv 1805.04833.
+    Tokens that tie with the `k`-th token are kept too (Fan et al. 2018, arXiv 1805.04833).
     """
     descending = -jnp.sort(-logits, axis=-1)
     last = jnp.minimum(k, logits.shape[-1]) - 1
@@ -114,9 +116,10 @@ def keep_top_k(logits: Float[Array, "B V"], k: Int[Array, ""] | int) -> Float[Ar
 
 
 def keep_top_p(logits: Float[Array, "B V"], p: Float[Array, ""] | float) -> Float[Array, "B V"]:
-    """Keep the fewest tokens whose probabilities sum to `p` or more, and ties with the last.
+    """Set the logits of tokens outside the nucleus to -inf (top-p sampling).
 
-    These tokens are the nucleus (Holtzman et al. 2020, arXiv 1904.09751).
+    The nucleus is the smallest set of most probable tokens whose probabilities sum to `p` or more,
+    with ties of its least probable token (Holtzman et al. 2020, arXiv 1904.09751).
     """
     descending = -jnp.sort(-logits, axis=-1)
     probability = jax.nn.softmax(descending, axis=-1)
@@ -127,9 +130,9 @@ def keep_top_p(logits: Float[Array, "B V"], p: Float[Array, ""] | float) -> Floa
 
 
 def keep_min_p(logits: Float[Array, "B V"], p: Float[Array, ""] | float) -> Float[Array, "B V"]:
-    """Keep tokens that are at least `p` times as probable as the most probable token.
+    """Set the logits of tokens to -inf that are less than `p` times as probable as the top token.
 
-    Nguyen et al. 2024, arXiv 2407.01082.
+    This is min-p sampling (Nguyen et al. 2024, arXiv 2407.01082).
     """
     return _at_least(logits, logits.max(axis=-1, keepdims=True) + jnp.log(p))
 
@@ -141,7 +144,7 @@ def _at_least(logits: jax.Array, lowest: jax.Array) -> jax.Array:
 def log_prob_of(logits: jax.Array, targets: AnyArray) -> jax.Array:
     """Compute log-probabilities `[...]` of target ids `[...]` under logits `[..., V]`."""
     check_targets(targets, logits.shape[:-1])
-    # A comparison, not a gather: its gradient is no scatter, and a sharded vocabulary stays put.
+    # A comparison, whose gradient needs no scatter, and which works on a sharded vocabulary.
     token = jnp.expand_dims(jnp.arange(logits.shape[-1]), range(targets.ndim))
     chosen = token == targets[..., None]
     return jnp.where(chosen, logits, 0).sum(axis=-1) - jax.nn.logsumexp(logits, axis=-1)

@@ -1,9 +1,9 @@
-"""Short reprs of values that hold arrays: a notebook shows shapes, not ten thousand numbers."""
+"""Short reprs of dataclasses and NamedTuples that show dtype and shape of arrays, not values."""
 
 import dataclasses
 from typing import Any
 
-LONGEST = 16  # values of a tuple
+LONGEST = 16  # maximum number of shown values of a tuple
 
 
 def short_repr(self: Any) -> str:

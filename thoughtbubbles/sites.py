@@ -1,6 +1,6 @@
-"""Sites: named places of a forward pass at which tools read activations and change them.
+"""Sites: named points of a forward pass at which activations are captured or edited.
 
-A model that has sites satisfies the protocol `SitedModel`.
+A model with sites implements the protocol `SitedModel`.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ Value = TypeVar("Value", jax.Array, Streams)
 
 
 class Visit(Protocol):
-    """Function that a forward pass calls at each of its sites."""
+    """Interface of a hook that a forward pass calls at its sites to capture or edit activations."""
 
     def wants(self, site: str) -> bool:
-        """Whether the site is read or edited; a scan over blocks need not stop at other sites."""
+        """Whether the hook captures or edits the site; a scan over blocks may skip other sites."""
         ...
 
     def __call__(self, site: str, value: Value, plan: ForkPlan | None = None) -> Value:
@@ -40,15 +40,15 @@ class Visit(Protocol):
 
         Args:
             site: Name of the site.
-            value: Vectors `[B, T, D]`, or streams, of which several may belong to one token.
-            plan: Plan by which a fork layer has just made these streams from the previous ones;
-                None at other sites.
+            value: Vectors `[B, T, D]`, or streams, several of which may belong to one token.
+            plan: Plan that a fork layer just carried out to make `value`, at a site `fork_i`; None
+                at other sites.
         """
         ...
 
 
 class SitedModel(Protocol):
-    """A decoder with sites; any object with these methods is one.
+    """Interface of a decoder with sites.
 
     Attributes:
         sites: Names of the sites in the order of the forward pass.
@@ -66,12 +66,12 @@ class SitedModel(Protocol):
         ...
 
     def run_sites(self, inputs: jax.Array, length: jax.Array | None, visit: Visit) -> Any:
-        """Run a forward pass that continues with `visit(site, value)` at each site.
+        """Run a forward pass that replaces the activation at each site by the result of `visit`.
 
         Args:
             inputs: Token ids `[B, T]` int32 or vectors `[B, T, D]`, padded on the right.
-            length: Number of real tokens of each row, `[B]` int32; all `T` by default.
-            visit: Function to call at each site.
+            length: Number of real tokens of each row, `[B]` int32; None means all `T`.
+            visit: Hook to call at each site.
 
         Returns:
             Output of the model, to pass to `logits`.
@@ -83,19 +83,19 @@ class SitedModel(Protocol):
         ...
 
     def decode(self, x: jax.Array) -> jax.Array:
-        """Apply the final norm and head to vectors `[..., D]` of a site: logits `[..., V]`."""
+        """Apply final norm and LM head: vectors `[..., D]` of a site to logits `[..., V]`."""
         ...
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, repr=False)
 class Lineage(ShortRepr):
-    """Depth and parent of each stream; a root is a stream that no fork layer has made.
+    """Depth and parent of each stream; a root is a stream that exists since the input.
 
     Attributes:
-        depth: `[B, S]` int32, number of forks between a stream and the input; 0 for a root.
-        parent: `[B, S]` int32, present slot of the stream that a fork was made from; -1 for a root,
-            and where the parent has died.
+        depth: `[B, S]` int32, number of forks from a stream back to its root; 0 for a root.
+        parent: `[B, S]` int32, current slot of the stream from which this stream was forked; -1 for
+            a root, and if the parent has died.
     """
 
     depth: jax.Array
@@ -103,14 +103,14 @@ class Lineage(ShortRepr):
 
     @classmethod
     def start(cls, token: Int[Array, "B S"]) -> Lineage:
-        """Return the lineage of streams before any fork layer: all are roots."""
+        """Return the lineage of streams before any fork layer, which are all roots."""
         return cls(jnp.zeros_like(token), jnp.full_like(token, -1))
 
     def after(self, plan: ForkPlan) -> Lineage:
-        """Return the lineage of the streams that a fork layer makes from these streams."""
+        """Return the lineage after a fork layer that carries out `plan`."""
         of_slot = lambda values, slot: jnp.take_along_axis(values, slot, axis=1)  # noqa: E731
         before, is_fork = plan.source // 2, plan.source % 2 == 0
-        # The slot where each stream goes on, which is that of its keep candidate.
+        # The new slot of each stream, which is that of its keep candidate.
         goes_on = jnp.where(plan.kept, plan.slot, -1)[:, 1::2]
         parent = of_slot(self.parent, before)
         inherited = jnp.where(parent >= 0, of_slot(goes_on, jnp.maximum(parent, 0)), -1)
@@ -120,7 +120,7 @@ class Lineage(ShortRepr):
 
 
 def plan_of(fork: Any, streams: Streams) -> ForkPlan:
-    """Return the plan that a `Fork` carries out on streams at inference."""
+    """Return the plan that a `Fork` layer carries out on streams at inference."""
     keep = fork.policy.keep(fork.candidates(streams))
     return compact(keep, min(keep.shape[1], fork.policy.capacity(streams.num_tokens)))
 
@@ -130,15 +130,16 @@ def plan_of(fork: Any, streams: Streams) -> ForkPlan:
 class Rows(ShortRepr):
     """Token, score and parent of each slot of an activation.
 
-    A model without streams has a slot for each token, in the caller's order. Where streams have
-    forked, slots are those of `Streams`: in the order of the text, with dead slots last.
+    Before any fork, there is one slot for each token, in the caller's order. After a fork layer,
+    the slots are those of `Streams`: in the order of the text, with dead slots last.
 
     Attributes:
         token: `[B, S]` int32, index of each slot's token in the caller's row.
         alive: `[B, S]` bool, whether the slot holds a vector of a real token.
         log_score: `[B, S]` float32 cumulative log-score of each stream, 0 without forks.
-        depth: `[B, S]` int32, number of forks between a stream and the input (`Lineage`).
-        parent: `[B, S]` int32, slot of the stream that a fork was made from, or -1 (`Lineage`).
+        depth: `[B, S]` int32, number of forks from a stream back to its root (`Lineage`).
+        parent: `[B, S]` int32, slot of the stream from which this stream was forked, or -1
+            (`Lineage`).
     """
 
     token: jax.Array
@@ -151,17 +152,23 @@ class Rows(ShortRepr):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, repr=False)
 class Activation(Rows):
-    """The vectors that were captured at a site.
+    """The vectors captured at a site, with the token, score and parent of each slot (`Rows`).
 
     Attributes:
-        x: `[B, S, D]` activations, in the slots that `Rows` describes.
+        x: `[B, S, D]`, vector of each slot.
     """
 
     x: jax.Array
 
 
 class Recorder:
-    """A `Visit` of one forward pass: it applies edits and records values at the named sites."""
+    """A `Visit` for one forward pass, which applies edits, then records the streams at sites.
+
+    Args:
+        sites: Names of the sites to record.
+        edit: Mapping from site to the edit of its activation.
+        length: Number of real tokens of each row, `[B]` int32, if values may be vectors.
+    """
 
     def __init__(
         self, sites: Collection[str], edit: Mapping[str, Edit], length: jax.Array | None = None
@@ -172,11 +179,11 @@ class Recorder:
         self._lineage: Lineage | None = None
 
     def wants(self, site: str) -> bool:
-        """Whether the site is captured or edited."""
+        """Whether the site is recorded or edited."""
         return site in self.sites or site in self.edit
 
     def __call__(self, site: str, value: Any, plan: ForkPlan | None = None) -> Any:
-        """Return the value, after the edit of this site if there is one; record it if named."""
+        """Apply the edit of the site, if any; record the result if requested; return the result."""
         streams = value if isinstance(value, Streams) else Streams.start(value, self.length)
         if self._lineage is None:
             self._lineage = Lineage.start(streams.token)
@@ -205,7 +212,10 @@ def record(
     sites: Collection[str] | None,
     edit: Mapping[str, Edit] | None,
 ) -> tuple[Float[Array, "B T V"], OrderedDict[str, tuple[Streams, Lineage]]]:
-    """Run right-padded rows; return logits, and streams and lineage by site after edits."""
+    """Run right-padded rows; return logits, and a mapping from site to its streams and lineage.
+
+    Arguments are as in `capture`; the streams are those after the edit of their site.
+    """
     check_sited(model)
     sites, edit = model.sites if sites is None else tuple(sites), dict(edit or {})
     check_sites(sites, (*model.sites, *getattr(model, "neuron_sites", ())))
@@ -225,26 +235,26 @@ def capture(
 ) -> tuple[Float[Array, "B T V"], OrderedDict[str, Activation]]:
     """Run one forward pass and return its logits and the activations at sites.
 
-    Without edits, the logits are those of `model(tokens, mask)`: bit for bit where operations run
-    one by one, to float noise in a compiled program. Under `jit`, `sites` is static; an edit that
-    depends on arrays, such as a key of noise, is best made inside of the traced function.
+    Without edits, the logits are those of `model(tokens, mask)`: bit for bit if operations run one
+    by one, and up to float noise in a compiled program. Under `jit`, `sites` must be static; define
+    an edit that depends on arrays, such as a PRNG key for noise, inside the traced function.
 
     Args:
         model: Model with sites.
         tokens: Token ids `[B, T]` int32, or vectors `[B, T, D]` in their place.
         mask: Whether each token is real, `[B, T]` bool; padding may stand on either side.
-        sites: Names of the sites to capture; all of the model by default. A scan over blocks is
-            split at every named site, so fewer names compile faster.
-        edit: Functions by site, each from the activation `[B, S, D]` to its replacement. They get
-            rows that are padded on the right, whatever the mask.
+        sites: Names of the sites to capture; all sites of the model by default. A scan over blocks
+            is split at every captured site, so fewer sites compile faster.
+        edit: Mapping from site to a function from the activation `[B, S, D]` to its replacement.
+            The function gets rows that are padded on the right, whatever the mask.
 
     Returns:
-        Logits `[B, T, V]` float32, zeros in padding; and an `Activation` by site, after its edit,
-        in the order of the forward pass.
+        Logits `[B, T, V]` float32, zeros in padding; and a mapping from site to its `Activation`
+        after the edit, in the order of the forward pass.
 
     Raises:
-        ValueError: The model has no sites or lacks one of those named, the mask is not `[B, T]`, or
-            an edit changes a shape.
+        ValueError: The model has no sites or lacks one of the given sites, the mask is not
+            `[B, T]`, or an edit changes a shape.
     """
     if mask is None:
         logits, found = record(model, tokens, None, sites, edit)
@@ -269,12 +279,12 @@ def _activation(
 
 
 def one_per_token(streams: Streams) -> bool:
-    """Whether each slot is one token (static)."""
+    """Whether the slots are the tokens: no fork layer came before, and no copies (static)."""
     return not streams.forked and streams.x.shape[1] == streams.num_tokens
 
 
 def rows_of(streams: Streams, lineage: Lineage, mask: jax.Array | None) -> Rows:
-    """Describe slots of left-aligned rows, with token indices of the caller's masked rows."""
+    """Describe the slots of left-aligned rows, with token indices in the caller's masked rows."""
     token, alive = streams.token, streams.alive
     if mask is not None and one_per_token(streams):
         token, alive = jnp.zeros_like(token) + jnp.arange(streams.num_tokens), mask

@@ -1,4 +1,4 @@
-"""Fork statistics as sums over a batch, which add up over micro-batches and devices."""
+"""Fork statistics as sums over a batch, which can be added over micro-batches and devices."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -17,8 +17,9 @@ def fork_statistics(output: Output) -> dict[str, jax.Array]:
 
     Returns:
         Dict of float32 arrays, empty without fork layers: `tokens [F]`, `streams [F]`,
-        `forked_tokens [F]` (tokens with more than one stream), and `scores [F, SCORE_BINS]`, the
-        number of streams whose cumulative score p is in each of equal bins of [0, 1].
+        `forked_tokens [F]` (number of tokens with more than one stream), and
+        `scores [F, SCORE_BINS]`, a histogram of the streams' cumulative scores p in equal bins of
+        [0, 1].
     """
     if not output.forks:
         return {}
@@ -42,22 +43,29 @@ def fork_statistics(output: Output) -> dict[str, jax.Array]:
 
 
 def thresholds(tracked: Any) -> dict[str, jax.Array]:
-    """Return `threshold [F]`, the tracked threshold of each fork layer; empty if none is tracked.
+    """Return the tracked thresholds of the `F` fork layers.
 
     Args:
-        tracked: State of the model's tracked variables (`nnx.State`).
+        tracked: `nnx.State` of the model's tracked variables.
+
+    Returns:
+        Dict with `threshold [F]`, or an empty dict if the policy tracks no threshold.
     """
     values = jax.tree.leaves(tracked)
     return {"threshold": jnp.stack(values)} if values else {}
 
 
 def readable(sums: Mapping[str, Any], fork_layers: tuple[int, ...]) -> dict[str, Any]:
-    """Compute the metrics of each fork layer from sums of `fork_statistics` and `thresholds`.
+    """Compute metrics of each fork layer from sums of `fork_statistics` and `thresholds`.
+
+    Args:
+        sums: Sums of `fork_statistics` over a step, joined with the dict of `thresholds`.
+        fork_layers: Indices `L` of the blocks that follow the fork layers.
 
     Returns:
         Metrics `fork_L/streams_per_token`, `fork_L/forked_share` (fraction of tokens with more than
-        one stream), `fork_L/score_histogram` (fraction of streams in each bin of scores), and, if
-        tracked, `fork_L/threshold`, for each layer index `L`. Empty for sums without `tokens`.
+        one stream), `fork_L/score_histogram` (fraction of streams in each bin of scores) and, if
+        tracked, `fork_L/threshold`. Empty for sums without `tokens`.
     """
     metrics: dict[str, Any] = {}
     if "tokens" not in sums:
@@ -76,7 +84,15 @@ def readable(sums: Mapping[str, Any], fork_layers: tuple[int, ...]) -> dict[str,
 
 
 def score_samples(sums: Mapping[str, Any], fork_layers: tuple[int, ...]) -> dict[str, np.ndarray]:
-    """Return the scores of all streams by fork layer, each as the middle of its bin."""
+    """Return the scores of all streams after each fork layer, rounded to the middle of their bin.
+
+    Args:
+        sums: Sums of `fork_statistics`.
+        fork_layers: Indices `L` of the blocks that follow the fork layers.
+
+    Returns:
+        Mapping from `fork_L/score` to one score for each stream; empty for sums without `scores`.
+    """
     if "scores" not in sums:
         return {}
     middles = (np.arange(SCORE_BINS) + 0.5) / SCORE_BINS

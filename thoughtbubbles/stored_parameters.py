@@ -1,4 +1,4 @@
-"""Parameters of a model and the stored tensors that they consist of."""
+"""Mapping between a model's parameters and the tensors of a safetensors or GGUF file."""
 
 import math
 from typing import Any, NamedTuple
@@ -10,7 +10,7 @@ from thoughtbubbles.architecture import architecture_of
 from thoughtbubbles.config import ModelConfig
 from thoughtbubbles.module import abstract_module
 
-# Our names of parameters to Hugging Face's; those of a block follow `model.layers.N.` there.
+# From our parameter names to Hugging Face's. Names in BLOCK follow `model.layers.N.` there.
 TOP = {
     "embed": "model.embed_tokens.weight",
     "final_norm/scale": "model.norm.weight",
@@ -39,7 +39,7 @@ BLOCK = {
     "blocks/mlp/up_bias": "mlp.up_proj.bias",
     "blocks/mlp/down_bias": "mlp.down_proj.bias",
 }
-# Without a gate, as in Starcoder2.
+# Names of an MLP without a gate, as in Starcoder2.
 GELU = {
     "blocks/mlp/up": "mlp.c_fc.weight",
     "blocks/mlp/up_bias": "mlp.c_fc.bias",
@@ -49,15 +49,15 @@ GELU = {
 
 
 class StoredParameter(NamedTuple):
-    """A parameter of our model and the stored tensors that it consists of.
+    """A model parameter and the tensors of a file that hold its values.
 
     Attributes:
-        names: Names of the tensors; one for each block if `stacked`, else a single one.
-        shape: Shape of one tensor in our order of axes.
+        names: Names of the tensors: one tensor for each block if `stacked`, else a single tensor.
+        shape: Shape of one tensor's part of the parameter, with the axes in the model's order.
         stored_shape: Shape of one tensor in the file.
-        transposed: Whether the contracted axes come first in our order and last in the file.
-        stacked: Whether the tensors lie along a leading axis of the parameter.
-        path: Keys that lead to the parameter in the nested dict of all parameters.
+        transposed: Whether the contracted axes come first in the model and last in the file.
+        stacked: Whether the parameter stacks its tensors along a leading axis.
+        path: Keys of the parameter in the nested dict of all parameters.
     """
 
     names: list[str]
@@ -81,12 +81,20 @@ class StoredParameter(NamedTuple):
 
 
 def abstract_state(config: Any) -> nnx.State:
+    """Return a model's state, with shapes and dtypes instead of arrays, from its config."""
     kind = architecture_of(config)
     return nnx.state(abstract_module(lambda: kind(config, rngs=nnx.Rngs(0))))
 
 
 def own_parameters(state: nnx.State) -> dict[str, StoredParameter]:
-    """Map parameters by our names to tensors of the same names and shapes."""
+    """Describe how the own format stores parameters: one tensor each, of the same name and shape.
+
+    Args:
+        state: Abstract state of the model (`abstract_state`).
+
+    Returns:
+        Mapping from parameter name, such as "blocks/attention/q", to its `StoredParameter`.
+    """
     found = {}
     for path, variable in nnx.to_flat_state(state):
         name, shape = "/".join(map(str, path)), tuple(variable.shape)
@@ -95,7 +103,15 @@ def own_parameters(state: nnx.State) -> dict[str, StoredParameter]:
 
 
 def family_parameters(config: ModelConfig, state: nnx.State) -> dict[str, StoredParameter]:
-    """Map parameters by our names to tensors as Hugging Face's families name and shape them."""
+    """Describe how Hugging Face families store parameters, with their tensor names and shapes.
+
+    Args:
+        config: Config of a decoder that a Hugging Face family can express.
+        state: Abstract state of the model (`abstract_state`).
+
+    Returns:
+        Mapping from parameter name, such as "blocks/attention/q", to its `StoredParameter`.
+    """
     found = {}
     block = BLOCK | (GELU if config.mlp == "gelu" else {})
     for path, variable in nnx.to_flat_state(state):
@@ -105,7 +121,7 @@ def family_parameters(config: ModelConfig, state: nnx.State) -> dict[str, Stored
             shape = tuple(variable.shape[1:])
         else:
             names, shape = [TOP[name]], tuple(variable.shape)
-        # Contracted axes; none of the embedding, which is a lookup table and stored as ours.
+        # Number of contracted axes; 0 for the embedding, a lookup table with the same axes in both.
         inputs = 0 if name == "embed" else variable.get_metadata()["inputs"]
         if name == "embed":
             stored_shape = shape

@@ -1,4 +1,4 @@
-"""Streams: the value that is passed from block to block."""
+"""Streams: the residual streams of a batch, which pass from block to block."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 class Streams(ShortRepr):
     """Residual streams of a batch, several per token, in the order of the text; dead slots last.
 
-    This is the value that flows through a model (arXiv 2510.00219). Because dead slots come last,
-    plain causal attention over slots never lets a live stream attend to a dead one.
+    `Streams` is the input and output of each block (arXiv 2510.00219). Because dead slots come
+    last, a live stream never attends to a dead slot in plain causal attention over slots.
 
     Attributes:
         x: `[B, S, D]` residuals.
@@ -38,7 +38,7 @@ class Streams(ShortRepr):
         first: `[B]` int32, number of tokens of the sequence before the row's token 0; 0 except in
             cached decoding.
         num_tokens: Static number `T` of tokens of a row, padding on the right included.
-        forked: Whether a fork layer came before (static); until then all log-scores are exactly 0.
+        forked: Whether a fork layer came before (static); otherwise all log-scores are exactly 0.
         continued: Whether `first` was given (static), so that the row may have earlier tokens.
     """
 
@@ -60,7 +60,7 @@ class Streams(ShortRepr):
         copies: int = 1,
         first: Int[AnyArray, " B"] | None = None,
     ) -> Streams:
-        """Make the streams at the input: one per token, or `copies` equal ones (copy-k).
+        """Make the streams at the model's input: one per token, or `copies` equal streams (copy-k).
 
         Args:
             x: Residuals of the tokens, padded on the right.
@@ -69,8 +69,8 @@ class Streams(ShortRepr):
             first: Number of tokens of the sequence before these tokens; 0 by default.
 
         Raises:
-            ValueError: A shape or type is wrong, or a length is not from 0 to `T`. Lengths that
-                `jit` traces are not checked here; `Fork.extend` makes their wrong rows NaN.
+            ValueError: A shape or dtype is wrong, or a length is not from 0 to `T`. Lengths that
+                `jit` traces are not checked here; `Fork.extend` makes rows of wrong lengths NaN.
         """
         _check_start(x, length, copies, first)
         x = jnp.asarray(x)
@@ -94,7 +94,7 @@ class Streams(ShortRepr):
             ValueError: New residuals have other rows or slots than the streams.
         """
         new = replaced(self, changes)
-        # A pytree of what are no arrays, such as placements, has the class too.
+        # Leaves need not be arrays: a pytree of shardings has this class too.
         shape, streams = (getattr(part, "shape", None) for part in (new.x, new.token))
         if "x" in changes and shape and streams is not None and shape[:-1] != streams:
             raise ValueError(
@@ -114,8 +114,8 @@ class Streams(ShortRepr):
     def bubbles(self) -> tuple[Int[Array, "B S"], Int[Array, "B S"]]:
         """Return each stream's distance in slots to its original, and the size of its bubble.
 
-        A bubble is all streams of one token. Distance and size, both int32, follow from the sorted
-        token indices by running extremes, without scatter or collective.
+        A bubble is all streams of one token. Both results are int32. They are computed from the
+        sorted token indices by running maxima and minima, without scatters or collectives.
         """
         slots = self.token.shape[1]
         slot = broadcast_beside(jnp.arange(slots), self.token, 2)
@@ -128,8 +128,9 @@ class Streams(ShortRepr):
     def positions(self, fractional: bool = True) -> Float[Array, "B S"]:
         """Compute float32 rotary positions (arXiv 2510.00219, App. D, eq. 13).
 
-        The original of token `i` has position `i`, and the `p`-th fork to its left has `i - p / n`
-        in a bubble of `n` streams. With `fractional=False` all streams of token `i` have `i`.
+        The original of token `i` has position `i`, and the `p`-th fork to its left has position
+        `i - p / n` in a bubble of `n` streams. With `fractional=False`, all streams of token `i`
+        have position `i`.
         """
         whole, offset = self.split_positions(fractional)
         whole = whole.astype(jnp.float32)
@@ -140,8 +141,8 @@ class Streams(ShortRepr):
     ) -> tuple[Int[Array, "B S"], Float[Array, "B S"] | None]:
         """Compute `positions` as int32 token positions and float32 fractions in (-1, 0].
 
-        Their float32 sum would round the fractions of streams far into a text. With
-        `fractional=False`, None takes the place of the fractions.
+        The two are separate because the float32 sum of a large position and a fraction would be
+        rounded. With `fractional=False`, the fractions are None.
         """
         token = self.token + self.first[:, None]
         if not fractional:
@@ -156,14 +157,15 @@ class Streams(ShortRepr):
     def attention_bias(self, head_dim: int | None = None) -> Float[Array, "B S"]:
         """Compute the float32 bias of each stream's key in the attention logits (eq. 8).
 
-        Add it to the logits after their division by sqrt(K).
+        The bias is to be added after the division of the logits by sqrt(K).
 
         Args:
             head_dim: Width K of a head, for the bias log p / sqrt(K) of the authors' code. None
-                gives the bias log p, which weighs a key by exactly p.
+                gives the bias log p, which multiplies the key's unnormalised attention probability
+                by p.
 
         Raises:
-            ValueError: `head_dim` is not a whole number of at least 1.
+            ValueError: `head_dim` is not an integer of at least 1.
         """
         if head_dim is not None and (
             np.ndim(head_dim) or not hasattr(head_dim, "__index__") or head_dim < 1
@@ -172,10 +174,9 @@ class Streams(ShortRepr):
         return self.log_score * (1.0 if head_dim is None else head_dim**-0.5)
 
     def attenuate(self, values: Float[Array, "B S *rest"]) -> Float[Array, "B S *rest"]:
-        """Multiply each stream's values by its score p, in the dtype of the values.
+        """Multiply each stream's values by the stream's score p, in the dtype of the values.
 
-        The paper does so with the values of attention (eq. 8) and with the updates that a block
-        adds to the residuals (eqs. 9-10).
+        The paper scales attention values (eq. 8) and residual updates (eqs. 9-10) in this way.
 
         Raises:
             ValueError: The values have other rows or slots than the streams.
@@ -189,12 +190,12 @@ class Streams(ShortRepr):
         return values * score.astype(values.dtype)
 
     def bubble_of(self, token: Int[AnyArray, " B"], max_bubble: int) -> Streams:
-        """Return all streams of one token per row, as rows of one token; dead slots come first.
+        """Select the streams of one token of each row, as rows of one token; dead slots come first.
 
         Args:
-            token: Index of the token in each row.
-            max_bubble: Static upper bound on the number of streams of a token, and the number of
-                slots of the result.
+            token: Index of the selected token in each row.
+            max_bubble: Static upper bound on the number of streams of a token, which is the number
+                of slots of the result.
 
         Raises:
             ValueError: `token` is not `[B]`.
@@ -221,7 +222,7 @@ class Streams(ShortRepr):
         )
 
     def page(self, texts: Sequence[Sequence[str]] | None = None) -> Page:
-        """Draw streams in HTML, each as a dot with its slot, score and position as its tooltip.
+        """Draw the streams in HTML: each stream is a dot whose tooltip shows slot, score, position.
 
         `page().save("streams.html")` writes a page that needs no other file.
 
@@ -229,8 +230,8 @@ class Streams(ShortRepr):
             texts: Text of each token of each row, padding included; None shows token indices.
 
         Raises:
-            ValueError: The arrays are traced, donated or on other hosts, have no batch axis, or the
-                number of texts is not the number of tokens.
+            ValueError: The arrays are traced, donated, not fully addressable or without a batch
+                axis, or the number of texts is not the number of tokens.
         """
         if not self._is_batch():
             raise ValueError(
@@ -255,7 +256,7 @@ class Streams(ShortRepr):
 
 
 class StreamsChanges(TypedDict, total=False):
-    """The fields of `Streams` as keyword arguments, so that type checkers find a typo."""
+    """Keyword arguments of `Streams.replace`, so that type checkers find misspelled fields."""
 
     x: jax.Array
     log_score: jax.Array
@@ -269,7 +270,7 @@ class StreamsChanges(TypedDict, total=False):
 
 
 def _is_here(value: object) -> bool:
-    """Whether a value of streams can be read: neither traced nor donated."""
+    """Whether the values of an array can be read: not traced, fully addressable, not donated."""
     if isinstance(value, Tracer) or not isinstance(value, (jax.Array, np.ndarray)):
         return False
     return isinstance(value, np.ndarray) or (value.is_fully_addressable and not value.is_deleted())
@@ -307,6 +308,11 @@ def _check_start(x, length, copies, first) -> None:
 
 
 def check_integer_type(name: str, dtype: Any) -> None:
-    """Raise a ValueError unless a dtype is an integer type."""
+    """Raise a ValueError unless `dtype` is an integer dtype.
+
+    Args:
+        name: Name of the array in the message.
+        dtype: Dtype to check.
+    """
     if not jnp.issubdtype(dtype, jnp.integer):
         raise ValueError(f"{name} of type {dtype}: give integers, such as int32")

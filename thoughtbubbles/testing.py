@@ -1,8 +1,8 @@
-"""The contracts of fork policies and of architectures, as assertions for tests of your own.
+"""Assertions for the tests of your own fork policies and architectures.
 
-Assertions about a policy apply two fork layers of random weights to random rows; nothing is
+Assertions about a policy apply two fork layers with random parameters to random rows; nothing is
 trained, and no model is built. Assertions about an architecture (`assert_decoder_*`) take a model.
-An `AssertionError` says which part of a contract is broken.
+An `AssertionError` says which requirement is violated.
 """
 
 from typing import Any, cast
@@ -23,13 +23,13 @@ PART = 3
 
 
 def assert_budget(policy: Policy, *, rows: int = 4, num_tokens: int = 12, seed: int = 0) -> None:
-    """Assert that originals survive and that no row has more streams than the policy's capacity.
+    """Assert that originals are kept and that no row has more streams than the policy's capacity.
 
     Args:
         policy: Policy under test.
         rows: Number of random rows.
         num_tokens: Number of tokens of a row.
-        seed: Seed of the rows and the weights.
+        seed: Seed of the rows and the parameters.
     """
     x = _rows(rows, num_tokens, seed)
     capacity = policy.capacity(num_tokens)
@@ -48,13 +48,15 @@ def assert_budget(policy: Policy, *, rows: int = 4, num_tokens: int = 12, seed: 
 
 
 def assert_causal(policy: Policy, *, rows: int = 8, num_tokens: int = 12, seed: int = 0) -> None:
-    """Assert that the streams of a token depend only on tokens up to it, bit for bit.
+    """Assert that the streams of a token depend on no later token, bit for bit.
+
+    For each token but the first, the row is changed from this token on, and cut before it.
 
     Args:
         policy: Policy under test.
         rows: Number of random rows.
-        num_tokens: Number of tokens of a row; changes begin at each token but the first, in turn.
-        seed: Seed of the rows and the weights.
+        num_tokens: Number of tokens of a row.
+        seed: Seed of the rows and the parameters.
     """
     x = _rows(rows, num_tokens, seed)
     other = _rows(rows, num_tokens, seed + 1)
@@ -77,13 +79,15 @@ def assert_causal(policy: Policy, *, rows: int = 8, num_tokens: int = 12, seed: 
 def assert_cached_is_parallel(
     policy: Policy, *, rows: int = 4, num_tokens: int = 12, seed: int = 0
 ) -> None:
-    """Assert that rows forked in parts have the streams of rows forked at once, scores to 1e-5.
+    """Assert that a row forked in parts with a cache has the streams of the row forked at once.
+
+    Log-scores may differ by float rounding (1e-5).
 
     Args:
         policy: Policy under test, with `init_state` and `keep_next` (`CausalPolicy`).
-        rows: Number of random rows.
-        num_tokens: Number of tokens of a row; rows are split into parts at different places.
-        seed: Seed of the rows and the weights.
+        rows: Number of random rows, each of which is split at other tokens.
+        num_tokens: Number of tokens of a row.
+        seed: Seed of the rows and the parameters.
 
     Raises:
         ValueError: The policy has no `init_state` and `keep_next`.
@@ -97,7 +101,7 @@ def assert_cached_is_parallel(
     cache = fork.init_cache(rows, num_tokens)
     found: list[list[Any]] = [[] for _ in range(rows)]
     for start in range(0, num_tokens, PART):
-        # Rows are cut differently: row r has its first r tokens in a part of their own.
+        # Rows are split at different tokens: row r ends each part r % PART tokens later than row 0.
         ends = np.minimum(start + PART + np.arange(rows) % PART, num_tokens)
         starts = np.where(start == 0, 0, np.minimum(start + np.arange(rows) % PART, num_tokens))
         part = np.zeros((rows, 2 * PART, WIDTH), np.float32)
@@ -119,14 +123,15 @@ def assert_cached_is_parallel(
 def assert_decoder_causal(
     model: Architecture, *, rows: int = 4, num_tokens: int = 12, seed: int = 0
 ) -> None:
-    """Assert that logits depend only on tokens up to their position, bit for bit.
+    """Assert that the logits at a position depend on no later token or padding, bit for bit.
 
-    Later tokens and padding must not change them.
+    For each token but the first, the tokens from there on are replaced by other tokens, and by
+    padding.
 
     Args:
         model: Model under test, with random parameters.
         rows: Number of random rows.
-        num_tokens: Number of tokens of a row; changes begin at each token but the first, in turn.
+        num_tokens: Number of tokens of a row.
         seed: Seed of the rows.
     """
     tokens, other = _token_rows(model, rows, num_tokens, seed)
@@ -145,14 +150,14 @@ def assert_decoder_causal(
 def assert_decoder_cached_is_parallel(
     model: Architecture, *, rows: int = 4, num_tokens: int = 12, seed: int = 0
 ) -> None:
-    """Assert that rows read in parts have the logits of rows read at once.
+    """Assert that decoding in parts with a cache gives the logits of one parallel forward pass.
 
-    They may differ by 1e-5, or by 1e-5 of the largest magnitude of the logits if that is above 1.
+    The tolerance is 1e-5, or 1e-5 times the largest magnitude of the logits if it is above 1.
 
     Args:
         model: Model under test, with random parameters.
-        rows: Number of random rows.
-        num_tokens: Number of tokens of a row; rows are split into parts at different places.
+        rows: Number of random rows, each of which is split at other tokens.
+        num_tokens: Number of tokens of a row.
         seed: Seed of the rows.
     """
     tokens, _ = _token_rows(model, rows, num_tokens, seed)
@@ -160,7 +165,7 @@ def assert_decoder_cached_is_parallel(
     found, cache = np.zeros_like(expected), model.init_cache(rows, num_tokens)
     done = np.zeros(rows, np.int32)
     for turn in range(3 * num_tokens):
-        # In each turn a row reads none, some or all of the next part.
+        # In each turn, 0 to PART tokens of a row are decoded.
         length = np.minimum((turn + np.arange(rows)) % (PART + 1), num_tokens - done)
         part = np.zeros((rows, PART), np.int32)
         for row, (start, count) in enumerate(zip(done, length, strict=True)):
@@ -202,7 +207,7 @@ def _rows(rows: int, num_tokens: int, seed: int) -> np.ndarray:
 
 
 def _layer(policy: Policy, seed: int) -> Fork:
-    """A fork layer whose scores differ much between tokens."""
+    """Make a fork layer whose scores differ much between tokens."""
     fork = Fork(WIDTH, policy, rngs=nnx.Rngs(seed))
     scores = np.random.default_rng(seed).normal(size=(WIDTH, 2))
     fork.score[...] = jnp.asarray(scores, jnp.float32)
@@ -214,14 +219,14 @@ def _layer(policy: Policy, seed: int) -> Fork:
 def _forked(
     policy: Policy, x: np.ndarray, seed: int, length: int | None = None
 ) -> list[tuple[int, Streams]]:
-    """Streams after each of two fork layers, of the first `length` tokens of rows."""
+    """Return index and streams of each of two fork layers, for `length` tokens of each row."""
     real = np.full(len(x), x.shape[1] if length is None else length, np.int32)
     return list(enumerate(_twice(_layer(policy, seed), _layer(policy, seed + 1), x, real)))
 
 
 @jax.jit
 def _kept(lower: Fork, upper: Fork, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """What the policy keeps at each of two fork layers, before slots are filled."""
+    """Return the policy's keep masks at two fork layers, before candidates get slots."""
     streams = Streams.start(x)
     first = lower.policy.keep(lower.candidates(streams))
     return first, upper.policy.keep(upper.candidates(lower(streams)))
@@ -237,13 +242,13 @@ def _twice(lower: Fork, upper: Fork, x: jax.Array, length: jax.Array) -> tuple[S
 def _extended(
     fork: Fork, x: jax.Array, length: jax.Array, cache: ForkCache
 ) -> tuple[Streams, ForkCache]:
-    """Streams of the next tokens, and the state after them."""
+    """Fork the next tokens; return their streams, and the state after them."""
     streams, _, cache = fork.extend(Streams.start(x, length, first=cache.length), cache)
     return streams, cache
 
 
 def _by_token(streams: Streams) -> list[list[tuple[float, ...]]]:
-    """For each row and token the log-scores of its live streams, in order."""
+    """Return the log-scores of each token's live streams, for each row and token."""
     token, alive = np.asarray(streams.token), np.asarray(streams.alive)
     score = np.asarray(streams.log_score)
     count = cast(int, streams.num_tokens)

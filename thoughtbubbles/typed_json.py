@@ -1,4 +1,4 @@
-"""Frozen dataclasses from JSON, each value checked against the type of its field."""
+"""Make frozen dataclasses from JSON, with each value checked against the type of its field."""
 
 import contextlib
 import dataclasses
@@ -15,11 +15,11 @@ _LARGEST = 2**63 - 1
 
 
 def from_json(kind: type[Any], fields: Any, name: str, policy: Callable[[Any], Policy]) -> Any:
-    """Make a dataclass from a JSON object of its fields.
+    """Make an instance of a dataclass from a JSON object of its fields.
 
     Args:
-        kind: Dataclass.
-        fields: Fields of the dataclass, as parsed from JSON.
+        kind: Dataclass to instantiate.
+        fields: Values of the fields, as parsed from JSON.
         name: Name of the object in error messages.
         policy: Function from the JSON value of a fork policy to the policy; it raises a TypeError
             for a value that does not describe a policy.
@@ -28,7 +28,7 @@ def from_json(kind: type[Any], fields: Any, name: str, policy: Callable[[Any], P
         Instance of the dataclass.
 
     Raises:
-        ValueError: A field is unknown, missing or of another type.
+        ValueError: A field is unknown, missing or of a wrong type.
     """
     if not isinstance(fields, dict):
         raise ValueError(f"{name}={shown(fields)} is no object with fields of {kind.__name__}")
@@ -73,7 +73,11 @@ def _value(kind: Any, value: Any, name: str, policy: Callable[[Any], Policy]) ->
 
 
 def typed(value: Any, kind: Any) -> Any:
-    """Check the type of a value and return it, an int as a float if the type is float.
+    """Check that a value has a type, and return the value; an int becomes a float for type float.
+
+    Args:
+        value: Value to check, such as one parsed from JSON.
+        kind: Type annotation: a class, a `Literal` or a union.
 
     Raises:
         TypeError: The value has another type, or an integer has more than 64 bits.
@@ -99,10 +103,10 @@ def typed(value: Any, kind: Any) -> Any:
 
 
 def required_options(chosen: type[Any]) -> set[str]:
-    """Return the names of a dataclass's options that have no default."""
+    """Return the names of a dataclass's fields (see `fields_of`) that have no default."""
     return {f.name for f in fields_of(chosen) if f.default is f.default_factory}  # both MISSING
 
 
 def fields_of(chosen: Any) -> list[dataclasses.Field[Any]]:
-    """Return the fields of a dataclass that a text can set: those in both its init and repr."""
+    """Return the fields of a dataclass that configs may set: fields in both its init and repr."""
     return [field for field in dataclasses.fields(chosen) if field.init and field.repr]

@@ -1,9 +1,9 @@
-"""Parameters and norms: values with the names of their axes.
+"""Parameters with logical axis names, and norms.
 
-The metadata of every parameter holds the names of its axes (`axes`, without the leading `layers`
-axis of stacked blocks) and the number of its contracted axes (`inputs`). A module needs no mesh:
-the names have no effect until they are mapped to mesh axes. Flax finds the names too, as
-`out_sharding` (with `layers`): `nnx.get_partition_spec` maps them by Flax's logical axis rules.
+The metadata of every parameter holds the logical names of its axes (`axes`, without the leading
+`layers` axis of stacked blocks) and the number of its contracted axes (`inputs`). A module needs no
+mesh: the names have no effect until they are mapped to mesh axes. Flax finds the names as
+`out_sharding` (with `layers`); `nnx.get_partition_spec` maps them by Flax's logical axis rules.
 """
 
 from __future__ import annotations
@@ -39,17 +39,18 @@ def weight(
     init: Initializer | None = None,
     dtype: Dtype = jnp.float32,
 ) -> nnx.Param:
-    """Make a weight whose first `inputs` axes are contracted.
+    """Make the kernel of a linear layer or an embedding table, with random initial values.
 
     Args:
-        rngs: Random keys; one key is consumed.
-        shape: Shape of the weight.
-        axes: Name of each axis.
-        inputs: Number of leading axes that a product contracts.
-        std: Standard deviation of the normal distribution that the values are sampled from.
-        init: Initializer in place of that distribution. It is called with the shape of a matrix of
-            all inputs by all outputs, so that it sees the right fan-in and fan-out.
-        dtype: Dtype of the weight.
+        rngs: PRNG keys, of which one is consumed.
+        shape: Shape of the kernel.
+        axes: Logical name of each axis.
+        inputs: Number of leading axes that the linear layer contracts.
+        std: Standard deviation of the normal distribution of the initial values.
+        init: Initializer to use instead of the normal distribution. It is called with the matrix
+            shape `(inputs, outputs)`, products of the axis sizes, so that it sees the right fan-in
+            and fan-out.
+        dtype: Dtype of the kernel.
 
     Raises:
         ValueError: `rngs` is not an `nnx.Rngs`, or `init` is not callable or returns another shape.
@@ -67,7 +68,7 @@ def weight(
 def checked_kernel(
     init: Initializer, key: jax.Array, shape: tuple[int, ...], dtype: Dtype
 ) -> jax.Array:
-    """Call an initializer; raise a ValueError unless it returns an array of the given shape."""
+    """Call an initializer; raise a ValueError unless it returns an array of shape `shape`."""
     if not callable(init):
         raise ValueError(
             f"kernel_init is a {type(init).__name__}: give an initializer, such as "
@@ -85,7 +86,7 @@ def checked_kernel(
 
 
 def vector(value: jax.Array, axes: tuple[str | None, ...]) -> nnx.Param:
-    """Make a bias, scale or embedding vector: no contracted axes, so no weight decay."""
+    """Make a bias, scale or embedding vector, which has no contracted axes and no weight decay."""
     return named(nnx.Param, value, axes)
 
 
@@ -96,22 +97,23 @@ def named(
     inputs: int = 0,
     stack: int = 0,
 ) -> Variable:
-    """Make a variable whose metadata names its axes.
+    """Make a variable whose metadata holds the logical names of its axes.
 
     Args:
-        kind: Type of the variable.
+        kind: Class of the variable.
         value: Initial value.
-        axes: Name of each axis after those of the stack; None for an axis that is never sharded.
-        inputs: Number of leading axes that a product contracts.
+        axes: Logical name of each axis after the stack axes; None for an axis that is never
+            sharded.
+        inputs: Number of axes after the stack axes that a linear layer contracts.
         stack: Number of leading axes over which layers are stacked.
     """
     names = ("layers",) * stack + axes
-    # Not sharded where it is made, for which Flax would need a mesh.
+    # No eager sharding, for which Flax would need a mesh.
     return kind(value, axes=axes, inputs=inputs, out_sharding=names, eager_sharding=False)
 
 
 def without_layers(stack: Any) -> Any:
-    """Drop the stack's axis from the axis names of stacked modules, before unstacking them."""
+    """Drop the `layers` axis from the axis names of stacked modules, before they are unstacked."""
 
     is_variable = lambda node: isinstance(node, nnx.Variable)  # noqa: E731
 
@@ -131,12 +133,13 @@ def plus_bias(y: jax.Array, bias: nnx.Param | None) -> jax.Array:
 
 
 def adapted(y: jax.Array, x: jax.Array, adapters: Mapping[str, Any] | None, name: str) -> jax.Array:
-    """Add the output of a linear layer's adapter, if it has one, to the layer's output `y`.
+    """Add the output of a linear layer's LoRA adapter, if there is one, to the layer's output.
 
     Args:
-        y: Output of the layer; its last axis may be split over several axes.
+        y: Output of the layer; its output axis may be split into several axes.
         x: `[..., inputs]` input of the layer.
-        adapters: Adapters by name of the layer, callables from `[..., inputs]` to `[..., outputs]`.
+        adapters: Mapping from layer name to its adapter, a callable from `[..., inputs]` to
+            `[..., outputs]`; None without adapters.
         name: Name of the layer.
     """
     if adapters is None or name not in adapters:
@@ -148,8 +151,8 @@ def adapted(y: jax.Array, x: jax.Array, adapters: Mapping[str, Any] | None, name
 def _variance(x: jax.Array) -> jax.Array:
     """Variance `[..., 1]` over the last axis.
 
-    The derivative leaves out the part through the mean, which is 0: with that part, XLA on a CPU
-    sums the gradients of all later layers anew for each layer.
+    The custom derivative omits the derivative through the mean, which is 0. With it, XLA on a CPU
+    would recompute the sum of the gradients of all later layers for each layer.
     """
     return jnp.square(x - x.mean(axis=-1, keepdims=True)).mean(axis=-1, keepdims=True)
 
@@ -168,8 +171,8 @@ class Norm(Module):
         width: Size of the last axis.
         kind: Kind of the norm.
         bias: Whether a LayerNorm has a bias.
-        eps: Term added to the variance (ε).
-        axis: Name of the axis, for sharding.
+        eps: Constant added to the variance (ε).
+        axis: Logical name of the last axis, for sharding.
         param_dtype: Dtype of the parameters.
 
     Raises:
@@ -193,14 +196,14 @@ class Norm(Module):
         self.bias = vector(jnp.zeros((width,), param_dtype), (axis,)) if has_bias else None
 
     def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
-        """Normalise `x`, and return it in its dtype."""
+        """Return `x` normalised, in the dtype of `x`."""
         y = x.astype(jnp.float32)
         if self.kind == "layernorm":
             variance, y = _variance(y), y - y.mean(axis=-1, keepdims=True)
         else:
             variance = jnp.square(y).mean(axis=-1, keepdims=True)
         y = y * jax.lax.rsqrt(variance + self.eps)
-        # As many axes as `y`: users may forbid the promotion of ranks.
+        # Expanded to the rank of `y`: users may forbid rank promotion.
         y = y * jnp.expand_dims(self.scale[...].astype(y.dtype), range(y.ndim - 1))
         if self.bias is not None:
             y = plus_bias(y, self.bias)

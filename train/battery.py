@@ -1,4 +1,4 @@
-"""Score a model's success and validity on the variants of an environment.
+"""Score a model on prompt variants of an environment: success rate and validity of answers.
 
 thoughtbubbles battery --checkpoint runs/sft --battery.task sokoban_variants
 """
@@ -20,15 +20,16 @@ from train.rl.learning.policy import sampler_of
 
 @dataclasses.dataclass(frozen=True)
 class BatteryRun:
-    """Score a model on the variants of an environment: does it read its prompt?
+    """Score a model on variants of an environment, to test whether the model follows its prompt.
 
     Attributes:
-        checkpoint: Run folder, or the folder of one of its steps.
-        model: Pretrained weights in place of a checkpoint: "smollm2", a Hugging Face folder, or a
+        checkpoint: Run folder, or one of its step folders.
+        model: Pretrained model in place of a checkpoint: "smollm2", a Hugging Face folder, or a
             .gguf file.
-        adapter: Folder of a LoRA adapter that `peft` wrote for these weights, merged into them.
-        battery: Environment, variants and limits.
-        json: File for the scores; none by default.
+        adapter: Folder of a LoRA adapter in `peft` format, which is merged into the model; none by
+            default.
+        battery: Environment, its variants, and limits on the episodes.
+        json: JSON file for the scores; none by default.
     """
 
     checkpoint: str | None = None
@@ -42,7 +43,7 @@ class BatteryRun:
 
 
 def main(config: BatteryRun) -> None:
-    """Print a table of the scores, a row for each variant, and write them to `config.json`."""
+    """Play the battery, print a table with a row per variant, and write scores to `config.json`."""
     if config.json:
         check_output(Path(config.json))
     config.battery.environments()
@@ -57,10 +58,10 @@ def main(config: BatteryRun) -> None:
 
 
 def score(lm: LanguageModel, config: BatteryConfig) -> dict[str, VariantScore]:
-    """Play the battery with a language model, with its latent memory if it has one.
+    """Play a battery's episodes with a language model, using latent memory if the model has it.
 
     Returns:
-        Scores by the name of the variant.
+        Mapping from the name of a variant to its scores.
 
     Raises:
         ValueError: The model's policy is not causal, or the config or an environment has a mistake.
@@ -73,7 +74,7 @@ def score(lm: LanguageModel, config: BatteryConfig) -> dict[str, VariantScore]:
 
 
 def table(scores: dict[str, VariantScore]) -> str:
-    """Format scores as a Markdown table with a row for each variant.
+    """Format the scores of variants as a Markdown table with a row for each variant.
 
     The column `cut` is the fraction of responses that were truncated at `max_new_tokens`.
     """

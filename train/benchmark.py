@@ -1,9 +1,9 @@
-"""Benchmarks of speed, most beside a plain decoder of the same size: train.benchmark [WHAT].
+"""Run a speed benchmark, usually against a plain decoder of the same size: train.benchmark [NAME].
 
-WHAT is `step` (training, the default), `selection` (the cost of selecting streams in a forward
-pass), `decode` (cached decoding against recomputation), `first-token` (prefill, with the blocks
-scanned as one stack or unrolled), `hatchling` (training step, prefill and decoding of a Dragon
-Hatchling), `memgen` (the cost of weaving), `rl` (rollouts, updates, and the time saved by
+NAME is `step` (training, the default), `selection` (the cost of selecting streams in a forward
+pass), `decode` (cached decoding against recomputing the prefix), `first-token` (prefill, with the
+blocks scanned as one stack or unrolled), `hatchling` (training step, prefill and decoding of a
+Dragon Hatchling), `memgen` (the cost of weaving), `rl` (rollouts, updates, and the time saved by
 prefilling a prompt once for all rows) or `accelerator` (the parts of a model on one GPU or TPU).
 """
 
@@ -26,7 +26,7 @@ COMMANDS = {
 
 
 def command() -> None:
-    # The first word chooses, as presets do elsewhere.
+    # The first argument names the benchmark, like a preset in other commands.
     name = sys.argv.pop(1) if sys.argv[1:2] and sys.argv[1] in COMMANDS else "step"
     run_command(*COMMANDS[name])
 

@@ -1,8 +1,8 @@
 """Check whether a model fits on devices: python -m train.compile PRESET --topology v5p:4x4x4.
 
 The command compiles the train step (or a cached decode step) for devices that are not attached, and
-reports its memory and sharding. The exit status is 0 if the program fits, 1 if it does not, and 2
-if the command line has a mistake.
+reports the program's memory and sharding. The exit status is 0 if the program fits, 1 if the
+program does not fit, and 2 if the command line has a mistake.
 """
 
 import json
@@ -22,13 +22,13 @@ from train.cli.config_json import as_json
 from train.devices.hardware import GIB
 from train.devices.mesh import make_mesh
 
-JAX_SHARE = 0.75  # of a GPU's memory, by default
+JAX_SHARE = 0.75  # fraction of a GPU's memory that jax allocates by default
 
 
 def main(config: CompileConfig) -> None:
-    """Compile, print the report, and exit with status 0 if the program fits, else with 1."""
+    """Compile the program, print its report, and exit with status 0 if the program fits, else 1."""
     check_config(config)
-    # Nothing runs, and an attached device should stay free.
+    # The program is only compiled: an attached device should stay free.
     jax.config.update("jax_platforms", "cpu")
     # Cached programs can't be loaded without the device.
     jax.config.update("jax_enable_compilation_cache", False)

@@ -23,22 +23,22 @@ from train.runs.files import check_new_file
 
 @dataclasses.dataclass(frozen=True)
 class DemonstrationsConfig:
-    """Write what an expert does in states of an environment, as data for `thoughtbubbles sft`.
+    """Write demonstrations of an environment's expert as chat data for `thoughtbubbles sft`.
 
     Attributes:
-        environment: Environment with variants and its options, e.g.
+        environment: Environment that has variants, with its options in brackets, e.g.
             "sokoban_variants(variant='diverse')" or "general_points(variant='diverse', maps=4)".
-        out: File of training records to write, JSON Lines.
-        count: Number of states per epoch, from the environment's training problems.
-        epochs: Number of passes. Variants that sample names sample new ones in each pass, unless
-            the environment has resample=False. Boards of Sokoban are the same in each pass; cards
-            are dealt anew for the values that they have in the pass.
-        form: Parts of a completion: the "answer" after an empty thought, the "thoughts" alone,
-            whose last word is the answer, or "both".
+        out: JSON Lines file to write the training records to.
+        count: Number of demonstrated states per epoch, from the environment's training problems.
+        epochs: Number of epochs. Variants that sample names sample new names in each epoch, unless
+            the environment has resample=False. Boards of Sokoban are the same in each epoch; cards
+            are dealt anew for the card values of the epoch.
+        form: Content of a completion: "answer" is the answer after an empty thought, "thoughts" is
+            the reasoning alone, whose last word is the answer, and "both" is reasoning and answer.
         battery: Folder for held-out demonstrations, one file VARIANT.jsonl for each variant; none
-            are written by default. Keep it apart from the training file: sft reads all files of a
-            folder.
-        battery_count: Number of states in each file of the battery.
+            are written by default. Keep this folder apart from the training file, because sft reads
+            all files of a folder.
+        battery_count: Number of states in each held-out file.
         seed: Seed of the order of problems and of the sampled names.
     """
 
@@ -56,7 +56,10 @@ class DemonstrationsConfig:
 
 
 def main(config: DemonstrationsConfig) -> None:
-    """Write the files, and print the number of records of each."""
+    """Write the training records and each variant's held-out records, and print their numbers.
+
+    Held-out records are written only if `config.battery` names a folder.
+    """
     environment = instructed(config.environment, config.seed)
     records = functools.partial(demonstration_records, form=config.form)
     files = {Path(config.out): records(environment, "train", config.count, config.epochs)}

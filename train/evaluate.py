@@ -1,9 +1,11 @@
 """Score a model on held-out rows or on tasks.
 
-Held-out rows of a run, also under other fork policies: python -m train.evaluate --checkpoint runs/a
-Tasks, of a run or a pretrained model: python -m train.evaluate --model smollm2 --tasks a.jsonl
+The first command scores a run on held-out rows, the second a pretrained model (or run) on tasks:
 
-For a policy that is not causal, each scored token is computed from its prefix alone, so that the
+python -m train.evaluate --checkpoint runs/a --sweep 1.0 1.5
+python -m train.evaluate --model smollm2 --tasks a.jsonl
+
+For a policy that is not causal, each scored token is predicted from its prefix alone, so that the
 loss is that of an autoregressive model.
 """
 
@@ -38,32 +40,35 @@ Loaded = TypeVar("Loaded", bound=LanguageModel)
 
 @dataclasses.dataclass(frozen=True)
 class EvaluateConfig:
-    """Score a trained run on held-out rows, or a run or a pretrained model on tasks.
+    """Score a run on held-out rows, or a run or a pretrained model on tasks.
 
     Attributes:
-        checkpoint: Run folder, or the folder of one of its steps.
-        model: Pretrained weights in place of a checkpoint: "smollm2", a Hugging Face folder, or a
+        checkpoint: Run folder, or one of its step folders.
+        model: Pretrained model in place of a checkpoint: "smollm2", a Hugging Face folder, or a
             .gguf file.
-        adapter: Folder of a LoRA adapter that `peft` wrote for these weights, merged into them.
-        int8: Whether weights are held in 8 bits, except norms, biases and fork layers.
-        policy: Fork policy in place of the model's own, e.g. "PrefixRank(ratio=2.0)".
-        ratio: Streams per token in place of the policy's own.
-        window: Number of tokens among which `PrefixRank` ranks, in place of the policy's own.
-        threshold_offset: Offset added to the threshold of `Threshold`; positive for fewer streams.
-        sweep: Several ratios, scored one after the other.
-        sweep_offset: Several threshold offsets, scored one after the other.
-        figure: File for a plot of the sweep, bits per byte against streams per token (needs
+        adapter: Folder of a LoRA adapter in `peft` format, which is merged into the model; none by
+            default.
+        int8: Whether to quantise the model to int8, except norms, biases and fork layers.
+        policy: Fork policy that replaces the model's own, e.g. "PrefixRank(ratio=2.0)".
+        ratio: Ratio of streams per token that replaces the policy's ratio.
+        window: Number of tokens that `PrefixRank` ranks together, which replaces the policy's
+            window.
+        threshold_offset: Offset added to the threshold of a `Threshold` policy; a positive offset
+            gives fewer streams.
+        sweep: Ratios to score one after the other.
+        sweep_offset: Threshold offsets to score one after the other.
+        figure: Image file for a plot of the sweep, bits per byte against streams per token (needs
             matplotlib).
-        rows: Number of held-out rows scored, spread over the split; 0 scores all of them.
-        positions: Number of positions scored from their prefix alone if the policy is not causal;
-            0 scores all.
-        batch_size: Number of rows of a forward pass.
-        tasks: JSONL files of multiple-choice or cloze items, in place of held-out rows, in the
-            format of HellaSwag, PIQA, BLiMP or LAMBADA, or with fields query, choices and gold;
-            name=FILE gives a task another name than its file's.
-        limit: Number of items scored per task, from its beginning; all by default.
-        json: File for the scores of tasks; none by default.
-        records: File for the scores of every item, one JSON object on each line; none by default.
+        rows: Number of held-out rows to score, spread over the split; 0 scores all rows.
+        positions: Number of positions to score from their prefix alone if the policy is not causal;
+            0 scores all positions.
+        batch_size: Number of rows in a forward pass.
+        tasks: JSONL files of multiple-choice or cloze items to score in place of held-out rows.
+            Items have the format of HellaSwag, PIQA, BLiMP or LAMBADA, or the fields query, choices
+            and gold. A task has the name of its file, or another name if written name=FILE.
+        limit: Number of items to score per task, from the beginning of its file; all by default.
+        json: JSON file for the scores of tasks; none by default.
+        records: JSON Lines file for the score of every item; none by default.
     """
 
     checkpoint: str | None = None
@@ -108,9 +113,9 @@ def main(config: EvaluateConfig) -> None:
 
 
 def score_tasks(config: EvaluateConfig) -> None:
-    """Score tasks, print a table, and write the output files.
+    """Score the model on tasks, print a table, and write the output files.
 
-    Task files and output paths are read and checked before the model is loaded.
+    Task files are read, and output paths checked, before the model is loaded.
     """
     outputs = [Path(file) for file in (config.json, config.records) if file]
     for path in outputs:
@@ -150,7 +155,7 @@ def score_tasks(config: EvaluateConfig) -> None:
 
 
 def score_held_out(config: EvaluateConfig) -> None:
-    """Print the held-out loss under each policy of `config`, and save the sweep's figure."""
+    """Print the held-out loss under each fork policy of `config`, and save the sweep's figure."""
     if config.figure:
         if not (config.sweep or config.sweep_offset):
             raise ValueError(f"figure {config.figure} shows a sweep: add --sweep 1.0 1.5 2.0")
@@ -175,7 +180,7 @@ def score_held_out(config: EvaluateConfig) -> None:
 
 
 def changed(loaded: Loaded, config: EvaluateConfig) -> Loaded:
-    """Return the model with `config.adapter` merged, in 8 bits if `config.int8`."""
+    """Return the model with `config.adapter` merged into it, quantised if `config.int8` is True."""
     loaded = loaded if config.adapter is None else loaded.with_adapter(config.adapter)
     return loaded.in_int8() if config.int8 else loaded
 
@@ -184,8 +189,8 @@ def models_of(config: EvaluateConfig, loaded: LanguageModel) -> dict[str, Archit
     """Return the model under each fork policy that the config selects.
 
     Returns:
-        Models by the name of the setting, such as "ratio 1.5" or "offset +0.2" in a sweep. Without
-        a sweep there is one model, under the name "".
+        Mapping from the name of a setting, such as "ratio 1.5" or "offset +0.2" in a sweep, to the
+        model. Without a sweep there is one model, under the name "".
 
     Raises:
         ValueError: Both sweeps are given, the model is a plain decoder, the policy lacks an option

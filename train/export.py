@@ -1,4 +1,4 @@
-"""Export the model of a run as a folder of weights, config and tokenizer.
+"""Export the model of a run as a folder of safetensors, config and tokenizer.
 
 thoughtbubbles export runs/tiny --to tiny_model
 thoughtbubbles export runs/sft --to adapter --adapter-only
@@ -31,17 +31,17 @@ class ExportConfig:
     """Write the model of a run as a folder: safetensors, config.json and tokenizer.json.
 
     Attributes:
-        run: Run folder, the folder of one of its steps, or pretrained weights ("smollm2", a
-            Hugging Face folder, a .gguf file).
-        to: New folder to write.
-        step: Step of the run; the newest by default.
-        format: Format of the folder: "transformers", which that library can load, but which can't
-            hold models that fork; "thoughtbubbles", which holds every model; or "auto",
-            "transformers" if the model allows it, else "thoughtbubbles". `--model` and
-            `load_pretrained` load either.
-        dtype: Data type of the stored weights; by default that of the embedding.
-        adapter_only: Whether to write the LoRA adapter of a fine-tuned run in place of its model,
-            as a folder in the format of `peft` (float32), which `--adapter` loads.
+        run: Run folder, one of its step folders, or a pretrained model ("smollm2", a Hugging Face
+            folder, a .gguf file).
+        to: Folder to write, which does not exist yet or is empty.
+        step: Step of the checkpoint; the newest checkpoint by default.
+        format: Format of the folder: "transformers" can be loaded by that library, but can't hold
+            models that fork; "thoughtbubbles" holds every decoder; "auto" chooses "transformers"
+            if the model allows it, else "thoughtbubbles". `--model` and `load_pretrained` load both
+            formats.
+        dtype: Dtype of the stored parameters; the dtype of the embedding by default.
+        adapter_only: Whether to write only the LoRA adapter of a fine-tuned run, instead of its
+            model. The folder has the format of `peft` (float32), which `--adapter` loads.
     """
 
     run: tyro.conf.Positional[str]
@@ -69,16 +69,16 @@ def export_model(
         lm: Model with its tokenizer.
         to: Folder to write, which does not exist yet or is empty.
         format: Format of the folder, as in `ExportConfig.format`.
-        dtype: Data type of the stored weights; None takes that of the embedding.
+        dtype: Dtype of the stored parameters; None takes the dtype of the embedding.
 
     Returns:
-        Text that lists the files with their sizes, and says what can load the folder.
+        Text that lists the files with their sizes, and states how to load the folder.
 
     Raises:
         ValueError: The folder is not empty, the disk is too full, the model has latent memory, or
             `format` is "transformers" and no architecture of that library computes the same
             function as the model.
-        OSError: The folder can't be written; what was written of it is removed.
+        OSError: The folder can't be written; a partly written folder is removed.
     """
     to = Path(to).expanduser()
     check_new_folder(to)
@@ -111,15 +111,15 @@ def export_adapter(run: str | Path, to: str | Path, step: int | None = None) -> 
     Args:
         run: Run folder, or the folder of one of its steps.
         to: Folder to write, which does not exist yet or is empty.
-        step: Step of the run; the newest by default.
+        step: Step of the checkpoint; None takes the newest.
 
     Returns:
-        Text that says how large the folder is, and what can load it.
+        Text that states the size of the folder, and how to load the adapter.
 
     Raises:
         ValueError: The folder is not empty, the run did not train a LoRA adapter, or a layer has
             no name in `transformers`.
-        OSError: The folder can't be written; what was written of it is removed.
+        OSError: The folder can't be written; a partly written folder is removed.
     """
     to = Path(to).expanduser()
     check_new_folder(to)
@@ -143,14 +143,14 @@ def _load(config: ExportConfig) -> LanguageModel:
 
 
 def _with_context(lm: LanguageModel) -> Any:
-    """Return the model's config with the context length that its weights were pretrained with.
+    """Return the model's config with the context length that the model was pretrained with.
 
     A run that was fine-tuned on shorter rows keeps the context length of its pretraining.
     """
     config = lm.model.config
     length = config.context_length or lm.context_length
     scaling = getattr(config, "rope_scaling", None)
-    if length is not None and scaling is not None:  # the weights knew the original length before
+    if length is not None and scaling is not None:  # pretrained on the original length
         length = max(length, scaling.original_max_position_embeddings or 0)
     return dataclasses.replace(config, context_length=length)
 
@@ -167,7 +167,7 @@ def _format(model: Any, format: Format) -> tuple[Literal["transformers", "though
 
 
 def _check_disk(to: Path, params: Any, dtype: str | None) -> None:
-    """Raise a ValueError if the disk has too little space for the weights."""
+    """Raise a ValueError if the disk has too little space for the parameters."""
     leaves = nnx.traversals.flatten_mapping(params).values()
     size = sum(leaf.size * np.dtype(dtype or leaf.dtype).itemsize for leaf in leaves)
     folder = next(parent for parent in to.absolute().parents if parent.exists())

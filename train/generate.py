@@ -22,33 +22,37 @@ class GenerateConfig:
     """Continue prompts with a trained model, or a pretrained one.
 
     Attributes:
-        checkpoint: Run folder, or the folder of one of its steps.
-        model: Pretrained weights in place of a checkpoint: "smollm2", a Hugging Face folder, or a
+        checkpoint: Run folder, or one of its step folders.
+        model: Pretrained model in place of a checkpoint: "smollm2", a Hugging Face folder, or a
             .gguf file.
-        adapter: Folder of a LoRA adapter that `peft` wrote for these weights, merged into them.
-        int8: Whether weights are held in 8 bits, except norms, biases and fork layers.
-        chat: Whether each prompt is a user's message in the model's chat template; only the answers
-            are printed.
-        prompt: One or more texts; each is continued as if it were alone.
+        adapter: Folder of a LoRA adapter in `peft` format, which is merged into the model; none by
+            default.
+        int8: Whether to quantise the model to int8, except norms, biases and fork layers.
+        chat: Whether to render each prompt as a user message in the model's chat template, and to
+            print only the answers.
+        prompt: One or more prompts, which are continued independently of each other.
         max_new_tokens: Maximum number of tokens added to each prompt; a text also ends at a stop
             token, such as the document separator.
-        temperature: Sampling temperature; 0 takes the most probable token each time.
-        top_k: Number of most probable tokens to sample from; all of them by default.
+        temperature: Sampling temperature; 0 decodes greedily.
+        top_k: Number of most probable tokens to sample from; all tokens by default.
         top_p: Probability mass of the most probable tokens to sample from (nucleus sampling); 1 by
             default.
         min_p: Minimum probability of a token to sample, relative to that of the most probable
             token; 0 by default.
         seed: Seed of the samples.
-        policy: Fork policy in place of the model's own, e.g. "PrefixRank(ratio=2.0)".
-        ratio: Streams per token in place of the policy's own: more thinking, or less.
-        window: Number of tokens among which `PrefixRank` ranks, in place of the policy's own.
-        threshold_offset: Offset added to the threshold of `Threshold`; positive for fewer streams.
-        memory: When a model with a weaver writes latent memory: "always" (wherever it may),
-            "never", or where its trained trigger decides ("learned").
-        cache: Whether keys and values are cached if the policy is causal; without a cache the whole
+        policy: Fork policy that replaces the model's own, e.g. "PrefixRank(ratio=2.0)".
+        ratio: Ratio of streams per token that replaces the policy's ratio.
+        window: Number of tokens that `PrefixRank` ranks together, which replaces the policy's
+            window.
+        threshold_offset: Offset added to the threshold of a `Threshold` policy; a positive offset
+            gives fewer streams.
+        memory: Where a model with a weaver writes latent memory: "always" at every allowed
+            boundary, "never", or "learned" where the model's trained trigger decides.
+        cache: Whether to cache keys and values if the policy is causal; without a cache, the whole
             prefix is recomputed for each token.
-        bubbles: Whether to print where the model forks in the text.
-        figure: File for the bubble map of the first text, as .png, .pdf or .svg (needs matplotlib).
+        bubbles: Whether to print the bubble map of each text, which shows where the model forks.
+        figure: Image file for the bubble map of the first text, as .png, .pdf or .svg (needs
+            matplotlib).
     """
 
     checkpoint: str | None = None
@@ -121,7 +125,7 @@ def main(config: GenerateConfig) -> None:
 
 
 def under_policy(loaded: LanguageModel, config: GenerateConfig) -> LanguageModel:
-    """Return the model under the fork policy and the overrides of the config.
+    """Return the model with the config's fork policy and policy overrides.
 
     Raises:
         ValueError: The model is a plain decoder, the policy lacks an option that is overridden, or

@@ -8,7 +8,7 @@ from train.pretraining.growing import GrowConfig, grow_run
 
 
 def main(config: GrowConfig) -> None:
-    """Write the grown run, and print how it is continued."""
+    """Write a copy of a run with more neurons, and print how to resume the copy."""
     print(grow_run(config))
 
 

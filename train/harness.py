@@ -2,8 +2,8 @@
 
 python -m train.harness run --model thoughtbubbles --model_args model=smollm2 --tasks piqa
 
-It needs the extra `lm-eval`. `--plugin mine` first imports the module `mine`, such as one that
-defines a run's fork policy.
+The extra `lm-eval` must be installed. `--plugin mine` first imports the module `mine`, such as a
+module that defines a run's fork policy.
 """
 
 import sys

@@ -28,9 +28,9 @@ class RunsConfig:
 
     Attributes:
         folders: Run folders, or folders that hold run folders.
-        metric: Metric whose curve is drawn, by its name in `metrics.jsonl` (`loss`, `eval/loss`,
-            `reward`, `fork_1/forked_share`, ...). A prefix that ends in a slash stands for all
-            metrics whose names begin with it (`budget/`).
+        metric: Name in `metrics.jsonl` of the metric to draw (`loss`, `eval/loss`, `reward`,
+            `fork_1/forked_share`, ...). A prefix that ends in a slash, such as `budget/`, selects
+            all metrics whose names begin with the prefix.
         figure: File to save all curves in, as .png, .pdf or .svg (needs matplotlib); none by
             default.
     """
@@ -42,11 +42,11 @@ class RunsConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A run folder as it lies on disk.
+    """Config and metrics of a run folder.
 
     Attributes:
         folder: The run folder.
-        config: Options of the run by their dotted names, such as "optimizer.learning_rate".
+        config: Mapping from dotted names, such as "optimizer.learning_rate", to the run's options.
         metrics: Lines of `metrics.jsonl`, oldest first.
     """
 
@@ -64,7 +64,7 @@ class Run:
         return [step for step, _ in points], [value for _, value in points]
 
     def last(self) -> dict[str, float]:
-        """Return the last values of the losses, reward and success rate, by metric name.
+        """Return the last value of each loss, the reward and the success rate, keyed by metric.
 
         Metrics that the run has not written are left out.
         """
@@ -74,7 +74,7 @@ class Run:
 
 
 def main(config: RunsConfig) -> None:
-    """Print the comparison, and save the figure if a file is given."""
+    """Print a table and the curves of the runs, and save `config.figure` if it is given."""
     if config.figure:
         check_figure(Path(config.figure))
     runs = [read_run(folder) for folder in run_folders(config.folders)]
@@ -96,7 +96,7 @@ def main(config: RunsConfig) -> None:
 
 
 def metrics_of(name: str, known: Sequence[str]) -> list[str]:
-    """Return the known metrics that a name selects: by equality, or by prefix if it ends in "/"."""
+    """Return the metrics in `known` that equal `name`, or start with it if it ends in "/"."""
     if name.endswith("/"):
         return [metric for metric in known if metric.startswith(name)]
     return [name] if name in known else []
@@ -109,7 +109,7 @@ def run_folders(given: Sequence[str]) -> list[Path]:
         given: Run folders, or folders that hold run folders.
 
     Returns:
-        Run folders, in the order of `given`; those inside one folder are sorted by name.
+        Run folders, in the order of `given`; run folders inside one folder are sorted by name.
 
     Raises:
         ValueError: `given` is empty, or a folder neither is a run folder nor holds one.
@@ -119,7 +119,7 @@ def run_folders(given: Sequence[str]) -> list[Path]:
     found: list[Path] = []
     for name in given:
         path = Path(name).expanduser()
-        # Unlike pathlib's, these take names too long for the file system.
+        # Unlike pathlib, glob and os.path accept names that are too long for the file system.
         files = glob.glob(os.path.join(glob.escape(str(path)), "*", "config.json"))
         below = sorted(Path(file).parent for file in files)
         runs = [path] if os.path.isfile(path / "config.json") else below
@@ -130,14 +130,14 @@ def run_folders(given: Sequence[str]) -> list[Path]:
 
 
 def read_run(folder: Path) -> Run:
-    """Read a run folder's config and metrics; the metrics are empty if none are logged yet."""
+    """Read the config and the metrics of a run folder; without a metrics file, none are read."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     logged = (folder / "metrics.jsonl").is_file()
     return Run(folder, flat(config), read_metrics(folder) if logged else [])
 
 
 def flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Flatten a nested dict; keys are joined by dots and put after `prefix`."""
+    """Flatten a nested dict: nested keys are joined by dots, and `prefix` precedes every key."""
     found: dict[str, Any] = {}
     for name, value in config.items():
         found |= (
@@ -175,7 +175,7 @@ def table(runs: Sequence[Run]) -> str:
 
 
 def sparkline(values: Sequence[float]) -> str:
-    """Draw a curve as one line of block characters between its first and its last value."""
+    """Format a curve as one line of text: first value, a plot in block characters, last value."""
     finite = [value for value in values if math.isfinite(value)]
     if not finite:
         return "nothing logged"

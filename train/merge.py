@@ -5,7 +5,7 @@ from train.pretraining.growing import MergeConfig, merge_runs
 
 
 def main(config: MergeConfig) -> None:
-    """Write the merged run, and print its size."""
+    """Merge runs into a new run folder, and print the size of the merged model."""
     print(merge_runs(config))
 
 

@@ -1,4 +1,4 @@
-"""Find source weights that give a mixture wanted label fractions, and measure the labeller.
+"""Find mixture weights of text sources for wanted label fractions, and measure the labeller.
 
 python -m train.mixture --sources stdlib ~/texts --shares reasoning=0.6 visual=0.15
 """
@@ -30,16 +30,17 @@ from train.data.shares import Solution, check_wanted, solve_weights
 
 @dataclasses.dataclass(frozen=True)
 class MixtureConfig:
-    """Label segments of text sources, and find source weights for wanted label fractions.
+    """Label segments of text sources, and find mixture weights for wanted label fractions.
 
     Attributes:
-        sources: Sources of text, as in --data.corpus; without any only the labeller is measured.
-        shares: Wanted fraction of segments that have a label, as LABEL=SHARE, for each label.
-        labelled: Labelled segments to train a classifier on and to measure it on: a JSON Lines file
-            of objects with "text" and "labels", or "stdlib" for the standard library's code and
-            prose, which Python's tokenizer separates. By default fixed rules label.
-        segments: Number of segments of each source that are labelled, from its first documents.
-        validation: Fraction of the documents that is held out; these are not labelled.
+        sources: Sources of text, as in --data.corpus; without sources, only the labeller is
+            measured.
+        shares: Wanted fractions of segments that have a label, each written as LABEL=SHARE.
+        labelled: Labelled segments on which a classifier is trained and tested: a JSON Lines file
+            of objects with "text" and "labels", or "stdlib" for code and prose of Python's standard
+            library, separated by Python's tokenizer. By default, fixed rules label the segments.
+        segments: Number of segments to label per source, from its first documents.
+        validation: Fraction of the documents that is held out and therefore not labelled.
         cache_dir: Folder of prepared data; ${XDG_CACHE_HOME:-~/.cache}/thoughtbubbles/data by
             default.
     """
@@ -61,7 +62,7 @@ class MixtureConfig:
 
 
 def main(config: MixtureConfig) -> None:
-    """Print the classifier's accuracy, the label fractions of each source, and the weights."""
+    """Print the classifier's accuracy, each source's label fractions, and the mixture weights."""
     wanted = dict(map(_share, config.shares))
     classifier = None
     if config.labelled is not None:
@@ -91,9 +92,9 @@ def main(config: MixtureConfig) -> None:
 
 
 def measured(labelled: str, limit: int = 3000) -> Classifier:
-    """Train a classifier on labelled segments, and print its accuracy on held-out ones.
+    """Train a classifier on labelled segments, and print its accuracy on held-out segments.
 
-    The accuracy of the rules, and of always giving the more frequent answer, are printed beside it.
+    For comparison, the accuracies of the rules and of the majority answer are printed too.
 
     Args:
         labelled: JSON Lines file of segments, or "stdlib" for Python's standard library.
@@ -125,7 +126,12 @@ def measured(labelled: str, limit: int = 3000) -> Classifier:
 
 
 def readable(solution: Solution, wanted: Mapping[str, float]) -> str:
-    """Format weights as a `--data.corpus` option, and say how near the label fractions come."""
+    """Format mixture weights as a `--data.corpus` option, with the label fractions they reach.
+
+    Args:
+        solution: Mixture weights, and the label fractions that they reach.
+        wanted: Mapping from a label to its wanted fraction.
+    """
     weights = {name: round(weight, 4) for name, weight in solution.weights.items()}
     weights = {name: weight for name, weight in weights.items() if weight}
     largest = max(weights, key=weights.__getitem__)

@@ -19,7 +19,7 @@ class PlayConfig:
 
     Attributes:
         environment: Environment or task with its options, e.g. "mastermind(length=4)"; "help" lists
-            all.
+            all environments and tasks.
         player: Player of the episode: the "person" at the keyboard, or the environment's "random"
             or "scripted" player.
         index: Index of the problem in its split.
@@ -35,11 +35,11 @@ class PlayConfig:
 
 
 class _Left(Exception):
-    """The person ended the input."""
+    """Raised when the person at the keyboard ends the input."""
 
 
 def main(config: PlayConfig) -> None:
-    """Play an episode, and print its outcome, reward and counts."""
+    """Play an episode, and print its outcome, total reward and the metrics of its last turn."""
     if config.environment == "help":
         print(tasks_help())
         return

@@ -19,11 +19,11 @@ from train.runs.metadata import load_run_meta
 from train.runs.run_folder import check_continuation
 
 LONGEST_SAMPLE = 160
-"""Maximum number of new tokens of the sample after training."""
+"""Maximum number of new tokens of the text that is sampled after training."""
 
 
 def main(config: RunConfig) -> None:
-    """Train, then print a sample and, for a model that forks, its streams per token."""
+    """Train a model, then print a sampled text and, for a model that forks, streams per token."""
     with distributed_context(config.distributed):
         if config.dry_run:
             dry_run(config)
@@ -35,7 +35,7 @@ def main(config: RunConfig) -> None:
     loaded = load_model(config.out)
     if loaded.step < config.steps:
         return
-    # As long as the rows that it was trained on, beyond which `write` would print a note.
+    # The sample fits into the context length of training, beyond which `write` prints a note.
     room = (loaded.context_length or LONGEST_SAMPLE) - len(loaded.prompt(config.prompt))
     new = min(max(room, 1), LONGEST_SAMPLE)
     [text] = write(loaded, [config.prompt], max_new_tokens=new, temperature=0.7, seed=0)
@@ -50,7 +50,7 @@ def main(config: RunConfig) -> None:
 
 
 def dry_run(config: RunConfig) -> None:
-    """Check the config and the run folder without reading data, and print what would be run."""
+    """Check the config and the run folder without reading data, and print a summary of the run."""
     with sync_errors():
         config = on_weights(config)
         trainable = make_run(config)

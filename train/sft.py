@@ -14,7 +14,7 @@ from train.runs.metadata import load_run_meta
 
 
 def main(config: SFTConfig) -> None:
-    """Train, and print a command that generates text with the trained model."""
+    """Fine-tune a model, and print a command that generates text with the result."""
     with distributed_context(config.distributed):
         if config.dry_run:
             with sync_errors():

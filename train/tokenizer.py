@@ -29,7 +29,7 @@ class TokenizerConfig:
     """File to write; an existing file is replaced."""
 
     validation: float = DataConfig.validation
-    """Fraction of the documents that is held out, as in the run that will use the tokenizer."""
+    """Fraction of the documents that is held out; runs with the tokenizer should use the same."""
 
     cache_dir: str | None = None
     """Folder of prepared data; ${XDG_CACHE_HOME:-~/.cache}/thoughtbubbles/data by default."""
@@ -46,7 +46,7 @@ def run(config: TokenizerConfig) -> str:
     """Train a tokenizer, save it, and measure it on held-out documents.
 
     Returns:
-        Text of one line: the size of the vocabulary, and the bytes per token of the documents.
+        Line of text with the vocabulary size, and the bytes per token of held-out documents.
 
     Raises:
         DataError: The corpus cannot be used, or the file cannot be written.

@@ -1,4 +1,4 @@
-"""Dragon Hatchling (BDH, arXiv 2509.26507): linear attention between neurons, in JAX."""
+"""Dragon Hatchling (BDH, arXiv 2509.26507): a language model with linear attention over neurons."""
 
 from thoughtbubbles.architecture import ARCHITECTURES
 from thoughtbubbles.hatchling.config import HatchlingConfig

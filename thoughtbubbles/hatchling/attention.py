@@ -1,7 +1,8 @@
-"""Linear attention between neurons: phases, reading from the past, and writing to the state.
+"""Linear attention over neurons: rotary phases, attention within a chunk, and the state.
 
 Neurons have the shape `[H, B, C, N]` here, with heads first: H heads, B rows, C vectors of a chunk,
-N neurons of a head. In any other order XLA's CPU compiler transposes neurons for each product.
+N neurons of a head. In any other order, XLA's CPU compiler transposes neurons for each product. The
+vectors between neurons have the shape `[B, C, d]`: d is the width, `embed_dim`.
 """
 
 import dataclasses
@@ -20,19 +21,20 @@ NORM_EPS = 1e-5
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, repr=False)
 class Reach(ShortRepr):
-    """Positions of a chunk's vectors, and weights by which they read the past, equal in all layers.
+    """Positions of the `C` vectors of a chunk, and mask and decay of attention, for all layers.
 
     Attributes:
-        position: Position of each vector, `[B, C]` int32, or `[1, C]` if all rows have the same.
+        position: Position of each vector, `[B, C]` int32, or `[1, C]` if all rows have the same
+            positions.
         real: Whether each slot holds a vector and not padding, `[B, C]` bool.
-        past: Weight with which vector t (axis 2) reads what vector s (axis 3) of the chunk wrote,
-            `[H, B, C, C]` float32 or an array that broadcasts to it. It is 0 unless s precedes t.
-        before: Weight with which each vector reads the state before the chunk, `[H, B, C]` float32
-            or an array that broadcasts to it; None for weight 1.
-        kept: Weight with which each vector is written to the state after the chunk, of the same
-            shape as `before`; None for weight 1.
-        left: Factor by which the state before the chunk decays until after the chunk, `[B, H]`;
-            None for factor 1.
+        past: Factor on the attention score of query vector t (axis 2) and key vector s (axis 3) of
+            the chunk, `[H, B, C, C]` float32 or an array that broadcasts to this shape. It is the
+            decay from s to t, or 0 if t does not attend to s.
+        before: Factor on what each vector reads from the state before the chunk, `[H, B, C]`
+            float32 or an array that broadcasts to this shape; None for factor 1.
+        kept: Factor on what each vector adds to the state after the chunk, of the same shape as
+            `before`; None for factor 1.
+        left: Decay of the state from before to after the chunk, `[B, H]`; None for factor 1.
         end: Position of the next vector of each row, `[B]` int32.
         offset: Fraction of a token added to each position, `[B, C]` float32; None for 0.
         bound: Static upper bound on the positions, or None if unknown. Up to `positions.NEAR`,
@@ -58,21 +60,21 @@ class Reach(ShortRepr):
         size: int,
         starts: jax.Array | None = None,
     ) -> "Reach":
-        """Compute the reach of chunks in which vectors stand at consecutive positions.
+        """Compute the reach of chunks whose vectors have consecutive positions.
 
         Args:
             config: Config of the model.
             first: Position of the first vector of each row, `[B]` int32.
             length: Number of real vectors in each row, `[B]` int32.
             size: Number of slots of the chunk (C).
-            starts: Whether a document begins at each vector, `[B, C]` bool. Vectors of the document
-                don't reach what precedes it, and its positions begin at 0. None means that no
+            starts: Whether a document begins at each vector, `[B, C]` bool. Vectors of a document
+                don't attend to earlier documents, and its positions begin at 0. None means that no
                 document begins in the chunk.
         """
         offset = jnp.arange(size)
         real = offset < length[:, None]
         position, end = first[:, None] + offset, first + length
-        # Strictly the past: a vector reads before it writes.
+        # Strictly earlier vectors: a vector does not attend to itself.
         past = (offset[:, None] > offset).astype(jnp.float32)
         before, kept, left = None, None, None
         decay = damping(config)
@@ -98,13 +100,13 @@ class Reach(ShortRepr):
 
     @classmethod
     def where(cls, config: HatchlingConfig, position: jax.Array, visible: jax.Array) -> "Reach":
-        """Compute the reach of whole rows with given positions and visibility.
+        """Compute the reach of whole rows from given positions and an attention mask.
 
         Args:
             config: Config of the model.
             position: Position of each vector, `[B, T]` int32.
-            visible: Whether a vector (axis 1) sees another (axis 2), `[B, T, T]` bool. The diagonal
-                is ignored: no vector reads what it writes itself.
+            visible: Attention mask `[B, T, T]` bool: whether a vector (axis 1) attends to another
+                (axis 2). The diagonal is ignored, since no vector attends to itself.
         """
         size = position.shape[1]
         past = (visible & ~jnp.eye(size, dtype=bool)).astype(jnp.float32)
@@ -123,18 +125,18 @@ def attend(
     synapses: jax.Array | None,
     fresh: bool,
 ) -> tuple[jax.Array, jax.Array | None]:
-    """Attend from each vector of a chunk to the vectors before it, and update the state.
+    """Apply linear attention to a chunk, and update the state.
 
     Args:
-        rotated: Rotated neurons `[H, B, C, N]`, which serve as queries and keys; 0 in padding.
-        value: Values `[B, C, d]`.
-        reach: Reach of each vector.
+        rotated: Rotated neurons `[H, B, C, N]`, both queries and keys; 0 in padding.
+        value: Values `[B, C, d]` of width d.
+        reach: Positions, mask and decay of the chunk's vectors.
         synapses: State before the chunk, `[B, H, N, d]` float32; None for rows that begin with the
             chunk and need no state after it.
         fresh: Static promise that `synapses` are 0.
 
     Returns:
-        What each vector reads, `[H, B, C, d]`, and the state after the chunk, shaped as `synapses`
+        Attention output `[H, B, C, d]`, and the state after the chunk, of the shape of `synapses`
         (None if `synapses` is None).
     """
     past = (overlap(rotated) * reach.past).astype(value.dtype)
@@ -159,36 +161,36 @@ def attend(
 
 
 def by_head(x: jax.Array, weights: jax.Array) -> jax.Array:
-    """Multiply `x [H, B, C, d]` by each head's matrix of `weights [d, H, N]`: `[H, B, C, N]`."""
+    """Multiply `x [H, B, C, d]` by a matrix per head, `weights [d, H, N]`, to `[H, B, C, N]`."""
     flat = x.reshape(len(x), -1, x.shape[-1])  # one axis for gradients to contract
-    # The barrier keeps XLA from transposing the gradient's product in place of its result, for
-    # which a CPU takes almost twice as long.
+    # Without the barrier, XLA transposes the factors of the gradient instead of their product,
+    # which takes a CPU almost twice as long.
     matrices = jax.lax.optimization_barrier(weights.swapaxes(0, 1))
     return jnp.einsum("htd,hdn->htn", flat, matrices).reshape(*x.shape[:-1], -1)
 
 
 @jax.custom_jvp
 def overlap(rotated: jax.Array) -> jax.Array:
-    """Inner products of all pairs of vectors of `rotated [H, B, C, N]`, `[H, B, C, C]` float32."""
+    """Inner products of all pairs of vectors in `rotated [H, B, C, N]`: `[H, B, C, C]` float32."""
     return jnp.einsum("hbtn,hbsn->hbts", rotated, rotated, preferred_element_type=jnp.float32)
 
 
 @overlap.defjvp
 def _(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[jax.Array, jax.Array]:
-    # Both factors are one array: a single product gives the derivative by either.
+    # Both factors are the same array, so one product gives the derivatives by both.
     (rotated,), (change,) = primals, tangents
     first = jnp.einsum("hbtn,hbsn->hbts", change, rotated, preferred_element_type=jnp.float32)
     return overlap(rotated), first + first.swapaxes(-1, -2)
 
 
 def frequencies(neurons: int, base: float) -> jax.Array:
-    """Rotary frequencies of a head's N neurons in turns per token, `[N]`; equal in each pair."""
+    """Rotary frequencies of a head's N neurons in turns per token, `[N]`, equal within a pair."""
     pair = np.arange(neurons) // 2
     return jnp.asarray(base ** (-2 * pair / neurons) / (2 * np.pi), jnp.float32)
 
 
 def damping(config: HatchlingConfig) -> jax.Array | None:
-    """Decay factor per token of each head, `[H]`, by ALiBi's slopes; None without damping."""
+    """Decay factor per token of each head, `[H]`, from ALiBi's slopes; None without damping."""
     if not config.damping:
         return None
     slope = 2.0 ** (-8 * np.arange(1, config.num_heads + 1) / config.num_heads)
@@ -196,11 +198,11 @@ def damping(config: HatchlingConfig) -> jax.Array | None:
 
 
 def turns_of(reach: Reach, frequency: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Compute cosine and sine `[H, B, C, N]` float32 of each neuron's phase at each position.
+    """Compute cosine and sine `[H, B, C, N]` float32 of each neuron's rotary phase.
 
     Args:
-        reach: Reach of each vector, which holds the positions.
-        frequency: Frequencies `[H, N]` in turns per token.
+        reach: Reach with the positions of the vectors.
+        frequency: Frequencies of the neurons, `[H, N]`, in turns per token.
     """
     frequency = frequency[:, None, None, :]
     offset = None if reach.offset is None else reach.offset[..., None]
@@ -215,10 +217,15 @@ def turns_of(reach: Reach, frequency: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def rotate(x: jax.Array, turns: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Rotate each pair of neighbouring neurons in `x [H, B, C, N]` by its phase."""
+    """Rotate each pair of neighbouring neurons in `x [H, B, C, N]` by its phase (RoPE).
+
+    Args:
+        x: Neurons.
+        turns: Cosines and sines of the phases, from `turns_of`.
+    """
     cos, sin = turns
     # Shifted, not sliced with a stride: XLA's TPU compiler takes minutes and gigabytes for an axis
-    # of pairs beside one of thousands of neurons. What a shift pads with is never read.
+    # of pairs beside an axis of thousands of neurons. The padding of a shift is never used.
     even = jnp.arange(x.shape[-1]) % 2 == 0
     wider = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(1, 1)])
     turned = jnp.where(even, -wider[..., 2:], wider[..., :-2])

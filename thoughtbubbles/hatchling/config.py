@@ -1,4 +1,4 @@
-"""HatchlingConfig: sizes and options of a Dragon Hatchling, presets, counts of FLOPs."""
+"""HatchlingConfig: sizes and options of a Dragon Hatchling, presets, and FLOP counts."""
 
 import dataclasses
 import math
@@ -13,34 +13,36 @@ from thoughtbubbles.checks import check_fields
 class HatchlingConfig(ArchitectureConfig):
     """Sizes and options of a Dragon Hatchling (BDH, arXiv 2509.26507).
 
-    All L layers share one set of weights: Dx, Dy and E.
+    All L layers share one set of parameters, the linear layers Dx, Dy and E.
 
     Attributes:
-        vocab_size: Number of token ids that the embedding knows (V).
-        embed_dim: Width of the vectors between neurons, the rank of their connections (d).
+        vocab_size: Number of token ids of the embedding (V).
+        embed_dim: Width of the vectors between neurons, which is the rank of the connections of
+            neurons (d).
         num_neurons: Number of neurons (n), a multiple of twice `num_heads`.
         num_layers: Number of times the shared layer is applied (L).
         num_heads: Number of heads that split the neurons (H).
-        form: Variant of the model: "released" is the authors' code and the form of the published
-            curves, with a residual stream of width d; "paper" is eq. 8 of the paper, with a
-            residual stream of n neurons.
+        form: Variant of the model: "released" is the authors' code, with which the published curves
+            were made, and has a residual stream of width d; "paper" is eq. 8 of the paper, and has
+            a residual stream of n neurons.
         damping: Whether attention decays with distance, at a different rate in each head, as in
             ALiBi. The released code has no damping.
         rope_base: Base of the rotary frequencies (θ).
         dropout: Probability with which a gated neuron (y) is dropped in pretraining; fine-tuning
-            and RL drop none.
-        chunk: Number of tokens whose attention scores are computed at once. Longer rows are read in
-            chunks with a state between them, which gives the same result. By default rows are read
-            whole.
-        separator: Token id that begins a document: it empties the state and restarts positions at
+            and RL use no dropout.
+        chunk: Number of tokens whose attention scores are computed at once. Longer rows are
+            processed chunk by chunk with the same result, as the state passes from chunk to chunk.
+            None processes whole rows at once.
+        separator: Token id that begins a document. It empties the state and restarts positions at
             0, so that documents packed in a row are independent. None for rows of one text each.
-        truncate: Number of tokens of a segment for truncated backpropagation: the pretraining loss
-            reads longer rows in segments, and no gradient flows through the state between them, so
-            that memory is needed for one segment only. None for the gradient through the whole row.
-        context_length: Number of tokens of a row that the weights were trained on, if known.
+        truncate: Number of tokens of a segment of truncated backpropagation. The pretraining loss
+            processes longer rows segment by segment, without gradients through the state between
+            segments, so that activations of only one segment are stored. None backpropagates
+            through whole rows.
+        context_length: Number of tokens of a row in training, if known.
         dtype: Dtype of the computation; parameters, phases and states are float32.
-        remat: Activations that the backward pass recomputes: "full" for all within a layer, or
-            "none". In the paper's form, the neurons between layers are kept in either case.
+        remat: Activations that the backward pass recomputes: "full" for all activations within a
+            layer, or "none". In the paper's form, the neurons between layers are always stored.
     """
 
     vocab_size: int = 320
@@ -104,13 +106,14 @@ class HatchlingConfig(ArchitectureConfig):
     def prefill_bytes(self, num_tokens: int) -> int:
         """Estimate the bytes of a forward pass over one row, without parameters and cache.
 
-        The estimate counts the attention scores of one head, as XLA on a CPU holds no more.
+        The estimate counts the attention scores of one head, because XLA on a CPU holds the scores
+        of one head at a time.
         """
         chunk = min(self.chunk or num_tokens, num_tokens)
         return 4 * (chunk**2 + 6 * chunk * self.num_neurons + 8 * num_tokens * self.embed_dim)
 
     def extend_bytes(self, rows: int, num_tokens: int) -> int:
-        """Estimate the bytes of reading `num_tokens` more of each row, as `prefill_bytes` does."""
+        """Estimate the bytes of prefilling `num_tokens` more tokens in each of `rows` rows."""
         return rows * self.prefill_bytes(num_tokens)
 
     def num_params(self) -> int:
@@ -120,8 +123,8 @@ class HatchlingConfig(ArchitectureConfig):
     def forward_flops(self, num_tokens: int) -> int:
         """Matrix-multiplication FLOPs of a forward pass over `num_tokens`, logits included.
 
-        Attention is counted for rows read in parts of `chunk` or `truncate` tokens, whichever is
-        smaller.
+        FLOPs of attention are those of rows processed in parts of `chunk` or `truncate` tokens,
+        whichever is smaller.
         """
         d, n, h = self.embed_dim, self.num_neurons, self.num_heads
         chunk = min(self.chunk or num_tokens, self.truncate or num_tokens, num_tokens)
@@ -132,17 +135,17 @@ class HatchlingConfig(ArchitectureConfig):
         return 2 * (self.num_layers * layer + num_tokens * d * self.vocab_size)
 
     def recomputed_flops(self, num_tokens: int) -> int:
-        """FLOPs that the backward pass of one row spends on recomputing layers."""
+        """FLOPs that the backward pass of one row spends on recomputing the layers."""
         if self.remat == "none":
             return 0
         return self.forward_flops(num_tokens) - 2 * num_tokens * self.embed_dim * self.vocab_size
 
     def summary(self) -> str:
-        """Describe the form and the number of neurons in a few words."""
+        """Return a short description: the form and the number of neurons."""
         return f"hatchling ({self.form}) of {self.num_neurons:,} neurons"
 
     def sizes(self) -> str:
-        """Describe layers, widths, vocabulary and dtype in one line."""
+        """Return a one-line description of layers, widths, vocabulary and dtype."""
         return (
             f"{self.num_layers} layers that share weights, {self.num_neurons:,} neurons in "
             f"{self.num_heads} heads, width {self.embed_dim}, vocabulary {self.vocab_size:,}, "
@@ -151,7 +154,7 @@ class HatchlingConfig(ArchitectureConfig):
 
     @classmethod
     def preset(cls, name: str, **changes: Unpack["HatchlingConfigChanges"]) -> "HatchlingConfig":
-        """Make the config of a named size (see `PRESETS`), with changes.
+        """Make the config of a preset, a named size in `PRESETS`, with changes.
 
         Args:
             name: Name of the preset.
@@ -165,7 +168,7 @@ class HatchlingConfig(ArchitectureConfig):
 
 
 class HatchlingConfigChanges(TypedDict, total=False):
-    """The fields of `HatchlingConfig` as keyword arguments, so that type checkers find a typo."""
+    """Keyword arguments of `HatchlingConfig.preset`, so that type checkers find wrong names."""
 
     vocab_size: int
     embed_dim: int
@@ -184,7 +187,7 @@ class HatchlingConfigChanges(TypedDict, total=False):
     remat: Literal["none", "full"]
 
 
-# The authors' default is 25m. They scale the number of neurons alone; 3nd + 2Vd counts parameters.
+# The authors' default is 25m. The authors scale only n; the number of parameters is 3nd + 2Vd.
 PRESETS: dict[str, HatchlingConfig] = {
     "tiny": HatchlingConfig(embed_dim=64, num_neurons=2048, num_layers=4),
     "10m": HatchlingConfig(vocab_size=256, num_neurons=12_288),

@@ -1,4 +1,4 @@
-"""Figures of a Dragon Hatchling: which neurons a text activates, and synapses over time."""
+"""Figures of a Dragon Hatchling: the neurons that a text activates, and synapses over time."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -12,28 +12,30 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-READABLE = 140  # largest number of tokens whose texts stand below a figure
-# Okabe & Ito 2008, told apart by colour-blind readers.
+READABLE = 140  # maximum number of tokens whose texts are shown as tick labels
+# Palette of Okabe & Ito 2008, which colour-blind readers can tell apart.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 
 
 def neurons_figure(
     x: np.ndarray, y: np.ndarray, tokens: Sequence[str], count: int = 48
 ) -> "Figure":
-    """Draw heat maps of one layer's most active neurons by token: x above, y below.
-
-    Needs matplotlib, and raises a ValueError if it is missing.
+    """Draw heat maps of one layer's most active neurons at each token: x above, y below.
 
     Args:
-        x: Neurons at each token of a text, `[T, n]` (or `[T, H, N]`, as `Neurons.x[layer, row]`).
+        x: Neurons at each token of a text, `[T, n]` (or `[T, H, N]`, such as
+            `Neurons.x[layer, row]`: `N` neurons in each of `H` heads).
         y: Gated neurons, of the same shape as `x`.
         tokens: Text of each of the T tokens.
-        count: Maximum number of neurons to show. Neurons are ranked by the sum of y over tokens,
-            and neurons whose y is always 0 by the sum of x.
+        count: Maximum number of neurons to show, those with the largest sum of y over the tokens;
+            the sum of x breaks ties, such as between neurons whose y is always 0.
+
+    Raises:
+        ValueError: matplotlib is not installed.
     """
     x, y = (np.asarray(values, np.float32).reshape(len(tokens), -1) for values in (x, y))
     shown = most_active(y + 1e-6 * x, min(count, x.shape[1]))
-    # In the order of the token at which each is most active, so that the map can be followed.
+    # Sorted by the token at which each neuron is most active, so that the map is readable.
     shown = shown[np.argsort(x[:, shown].argmax(axis=0), kind="stable")]
     figure = _figure(min(max(6.0, 0.17 * len(tokens)), 24.0), 6.5)
     axes = figure.subplots(2, 1, sharex=True)
@@ -57,12 +59,13 @@ def neurons_figure(
 def traces_figure(traces: np.ndarray, tokens: Sequence[str], synapses: Synapses) -> "Figure":
     """Plot the strength of synapses after each token of a text.
 
-    Needs matplotlib, and raises a ValueError if it is missing.
-
     Args:
-        traces: Strengths `[T, K]`, one row of the result of `synapse_traces`.
+        traces: Strengths `[T, M]` of `M` synapses, one row of the result of `synapse_traces`.
         tokens: Text of each token.
-        synapses: The K synapses that were traced, for the legend.
+        synapses: The `M` synapses, for the legend.
+
+    Raises:
+        ValueError: matplotlib is not installed.
     """
     figure = _figure(min(max(6.0, 0.17 * len(tokens)), 24.0), 3.6)
     axis = figure.subplots()

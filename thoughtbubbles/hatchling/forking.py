@@ -1,4 +1,4 @@
-"""ForkingHatchling: a Dragon Hatchling whose residual streams fork and die between its layers."""
+"""ForkingHatchling: a Dragon Hatchling with fork layers between its layers."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -31,8 +31,9 @@ class ForkingHatchlingConfig(HatchlingConfig):
     """Sizes and options of a Dragon Hatchling of the released form with fork layers.
 
     Attributes:
-        fork_layers: Indices, from 0, of the layers that a fork layer precedes.
-        policy: Policy by which fork layers choose the streams that fork or die.
+        fork_layers: Indices, from 0, of the layers with a fork layer in front.
+        policy: Policy by which the fork layers choose the streams that fork and the streams that
+            die.
     """
 
     fork_layers: tuple[int, ...] = (1,)
@@ -64,7 +65,7 @@ class ForkingHatchlingConfig(HatchlingConfig):
     def preset(
         cls, name: str, **changes: Unpack["ForkingHatchlingConfigChanges"]
     ) -> "ForkingHatchlingConfig":
-        """Make the config of a size of `HatchlingConfig.preset` with fork layers, with changes.
+        """Make the config of a preset of `HatchlingConfig` with fork layers, with changes.
 
         Args:
             name: Name of the preset.
@@ -98,11 +99,11 @@ class ForkingHatchlingConfig(HatchlingConfig):
         return super().prefill_bytes(max(self.slots(num_tokens)))
 
     def extend_bytes(self, rows: int, num_tokens: int) -> int:
-        """Estimate the bytes of reading `num_tokens` more of each row, as `prefill_bytes` does."""
+        """Estimate the bytes of prefilling `num_tokens` more tokens in each of `rows` rows."""
         return rows * super().prefill_bytes(num_tokens * 2 ** len(self.fork_layers))
 
     def num_params(self) -> int:
-        """Number of parameters: 3nd + 2Vd, and 5d for each fork layer."""
+        """Number of parameters: 3nd + 2Vd, plus 5d for each fork layer."""
         return super().num_params() + 5 * self.embed_dim * len(self.fork_layers)
 
     def forward_flops(self, num_tokens: int) -> int:
@@ -121,7 +122,7 @@ class ForkingHatchlingConfig(HatchlingConfig):
 
 
 class ForkingHatchlingConfigChanges(HatchlingConfigChanges, total=False):
-    """The fields of `ForkingHatchlingConfig` as keyword arguments."""
+    """Keyword arguments of `ForkingHatchlingConfig.preset`."""
 
     fork_layers: tuple[int, ...]
     policy: Policy
@@ -130,11 +131,12 @@ class ForkingHatchlingConfigChanges(HatchlingConfigChanges, total=False):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, repr=False)
 class ForkingState(State):
-    """State of a Hatchling with fork layers.
+    """State of a Hatchling with fork layers after the tokens so far, its cache in decoding.
 
     Attributes:
         forks: State of each fork layer.
-        max_tokens: Maximum number of tokens of a row, which policies need to know (static).
+        max_tokens: Maximum number of tokens of a row (static); the states of policies have this
+            capacity.
     """
 
     forks: tuple[ForkCache, ...]
@@ -156,21 +158,21 @@ class ForkingActivations(Activations):
 
 
 class ForkingHatchling(Hatchling):
-    """A Dragon Hatchling with fork layers: a token thinks in several residual streams of width d.
+    """A Dragon Hatchling with fork layers, in which a token may have several residual streams.
 
-    Streams stand in the order of the text, a fork directly left of its parent, and each stream
-    reads the streams left of it. The score p of a stream multiplies what the stream writes to the
-    synapses, and what layers add to it: the counterpart, in linear attention, of a bias of log p in
-    softmax attention. After the last layer, the streams of a token are summed with weights p, and
-    the sum is normalised.
+    Streams are in the order of the text, with each fork directly left of its parent, and each
+    stream attends to the streams left of it. The score p of a stream multiplies its contribution to
+    the synapses, which corresponds to a bias of log p in softmax attention, and the updates that
+    layers add to its residual. After the last layer, the score-weighted sum of each token's streams
+    is normalised.
 
     Args:
         config: Sizes and options of the model.
-        rngs: Random keys of the initial values.
-        constrain: Function applied to every residual array `[B, S, d]` between layers.
+        rngs: PRNG keys to initialise the parameters.
+        constrain: Function applied to every residual array `[B, S, d]` (width d) between layers.
         attend: Not used, because attention is linear.
-        kernel_init: Initializer of all kernels, also of the fork layers; by default as in
-            `Hatchling`.
+        kernel_init: Initializer of all kernels, including those of the fork layers; the default is
+            that of `Hatchling`.
         param_dtype: Dtype of the parameters; the config's `dtype` is used in the computation.
 
     Raises:
@@ -242,10 +244,11 @@ class ForkingHatchling(Hatchling):
         )
 
     def init_cache(self, batch: int, max_tokens: int) -> ForkingState:
-        """Make the state of `batch` empty rows of up to `max_tokens` tokens.
+        """Return the state of `batch` empty rows with a capacity of `max_tokens` tokens each.
 
         Raises:
-            ValueError: The policy can't choose token by token, or a size is not 1 or more.
+            ValueError: The policy can't be used with a cache (`CausalPolicy`), or a size is below
+                1.
         """
         self.check_cacheable()
         empty = super().init_cache(batch, max_tokens)
@@ -269,7 +272,7 @@ class ForkingHatchling(Hatchling):
         fresh: bool = False,
         starts: jax.Array | None = None,
     ) -> tuple[jax.Array, State]:
-        """As in `Hatchling.extend`; a row that exceeds `max_tokens` becomes NaN, and stays so."""
+        """As `Hatchling.extend`, except that a row with more than `max_tokens` tokens becomes NaN."""
         state = cast(ForkingState, cache)
         if starts is not None:
             raise ValueError("a document can't begin inside of a row that forks: leave starts out")
@@ -301,10 +304,10 @@ class ForkingHatchling(Hatchling):
         return self.config.policy if self.config.fork_layers else None
 
     def with_policy(self, policy: Policy) -> Self:
-        """Return the model with another policy, for inference; it shares all arrays.
+        """Return a model of the same arrays with another policy, for inference.
 
         Raises:
-            ValueError: The policy tracks a threshold, and the fork layers have none.
+            ValueError: The policy tracks a threshold, and the fork layers have no threshold.
         """
         return fork_models.with_policy(self, policy)
 
@@ -316,7 +319,7 @@ class ForkingHatchling(Hatchling):
         fork_models.check_cacheable(self.config)
 
     def statistics(self, output: Any) -> dict[str, jax.Array]:
-        """Sums as in `Hatchling.statistics`, and sums of the fork layers under names `fork_...`."""
+        """Sums of `Hatchling.statistics`, and of `fork_statistics` with the prefix `fork_`."""
         sums = statistics.fork_statistics(output)
         return super().statistics(output) | {f"fork_{name}": sums[name] for name in sums}
 
@@ -352,9 +355,9 @@ class ForkingHatchling(Hatchling):
         Args:
             streams: Streams before the first layer, one for each token.
             synapses: Synapses before these tokens, `[L, B, H, N, d]`; None for whole rows.
-            fork: Function from a fork layer's index and the streams before it to the streams after
-                it.
-            key: Key of dropout; None for no dropout.
+            fork: Function from a fork layer's index and the streams before this fork layer to the
+                streams after it.
+            key: PRNG key of dropout; None for no dropout.
             fresh: Static promise that the synapses are 0.
 
         Returns:
@@ -374,7 +377,7 @@ class ForkingHatchling(Hatchling):
             )
             streams = streams.replace(x=read.value)
             after.append(new)
-            # Per token, as if each had one stream: metrics divide by tokens.
+            # Scaled to one stream per token, because metrics divide by the number of tokens.
             share = tokens / jnp.maximum(streams.alive.sum(dtype=jnp.float32), 1)
             active.append((read.x_active * share, read.y_active * share))
         hidden = merged(streams)
@@ -384,13 +387,13 @@ class ForkingHatchling(Hatchling):
 
 
 def reach_of(config: HatchlingConfig, streams: Streams, score: jax.Array | None) -> Reach:
-    """Compute the reach of streams: each reads what the streams left of it wrote.
+    """Compute the reach of streams: each stream attends to the streams left of it.
 
     Args:
         config: Config of the model.
-        streams: Streams, of which dead ones write nothing.
-        score: Score p of each stream, by which what it writes is multiplied, `[B, S]` float32; None
-            for 1.
+        streams: Streams; dead slots add nothing to the state.
+        score: Score p of each stream, which multiplies the stream's contribution to attention and
+            to the state, `[B, S]` float32; None for 1.
     """
     slot = jnp.arange(streams.token.shape[1])
     past = (slot[:, None] > slot).astype(jnp.float32)

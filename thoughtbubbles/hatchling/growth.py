@@ -1,4 +1,4 @@
-"""Grow a Dragon Hatchling by copying neurons, and merge several by concatenating neurons."""
+"""Grow a Dragon Hatchling by copying neurons; merge several models by concatenating neurons."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -14,28 +14,28 @@ from thoughtbubbles.hatchling.model import Hatchling
 from thoughtbubbles.short_repr import ShortRepr
 
 ANGLES = (15, 40)
-"""Range in degrees from which the angle φ of two copies is sampled. At 45°, two copies would keep
-equal gradients for ever; near 0°, one copy would be almost silent."""
+"""Range in degrees from which the angle φ of two copies is sampled. At 45°, the gradients of the
+two copies would always be equal; near 0°, one copy would be almost inactive."""
 
 NEURON_AXES = {"dx": (1, 2), "dy": (1, 2), "e": (0, 1), "frequency": (0, 1)}
-"""Axis of the heads and axis of their neurons, for each array of a model that has both."""
+"""Mapping from array name to the axis of heads and the axis of a head's neurons in the array."""
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Growth(ShortRepr):
-    """A plan of growth: which neuron each neuron of the grown model copies, and by which factor.
+    """A plan of growth: the neuron that each neuron of the grown model copies, and its factor.
 
-    A neuron x = (v Dx)₊ has effects through two products only: x·x in attention, and x·E in what
-    the layer writes. So if the Dx and E of several copies are scaled by factors whose squares sum
-    to 1, such as cos φ and sin φ, the copies together compute what the original neuron computes, in
-    both forms of the model. All copies have the original's frequency and Dy. The gradient of a
-    copy's Dy is the original's gradient times the squared factor, so copies with different factors
-    diverge in training.
+    A neuron x = (v Dx)₊ affects the output only through two products: x·x in attention, and x·E in
+    the output of the layer. So if the Dx and E of several copies are scaled by factors whose
+    squares sum to 1, such as cos φ and sin φ, the copies together compute the same as the original
+    neuron, in both forms of the model. All copies have the frequency and Dy of the original. The
+    gradient of a copy's Dy is the original's gradient times the squared factor, so copies with
+    different factors diverge in training.
 
     Attributes:
-        source: Index, within its head, of the neuron that each neuron copies, `[H, N']` int; N' is
-            the number of neurons of a head of the grown model.
-        share: Factor by which each copy's Dx and E are scaled, `[H, N']` float64.
+        source: Index, within its head, of the neuron that each neuron of the grown model copies,
+            `[H, N']` int; N' is the number of neurons of a head of the grown model.
+        share: Factor by which the Dx and E of each copy are scaled, `[H, N']` float64.
     """
 
     source: np.ndarray
@@ -52,22 +52,23 @@ class Growth(ShortRepr):
         return self._copied(name, value, 1 if name in ("dx", "e") else 0)
 
     def gradient(self, name: str, value: Any, power: int = 1) -> Any:
-        """Convert a gradient, or a moment of gradients, from the smaller model to the grown model.
+        """Convert a gradient or an optimizer moment from the smaller model to the grown model.
 
         Args:
             name: Name of the parameter.
-            value: Gradient of the smaller model, or a running mean of its powers.
+            value: Gradient of the smaller model, or a running mean of powers of the gradient.
             power: Exponent of the gradient in `value`: 1 for a gradient or a first moment, 2 for
                 Adam's second moment.
         """
         return self._copied(name, value, power * (2 if name == "dy" else 1))
 
     def tree(self, tree: Any) -> Any:
-        """Grow all arrays of a tree, such as parameters, optimizer moments or a whole train state.
+        """Grow all arrays of a pytree, such as parameters, optimizer moments or a train state.
 
-        The last name in an array's path that is in `NEURON_AXES` says which array of the model it
-        belongs to. Arrays below `mu` and `nu` are treated as first and second moments of optax's
-        optimizers. Arrays without such a name are returned unchanged.
+        The last name of `NEURON_AXES` in the path of an array is the model array to which the
+        pytree's array belongs. Arrays whose path contains `mu` or `nu` are treated as first or
+        second moments of optax optimizers. Arrays without a name of `NEURON_AXES` in their path are
+        returned unchanged.
         """
 
         def grown(path: Any, leaf: Any) -> Any:
@@ -98,12 +99,12 @@ class Growth(ShortRepr):
 
 
 def plan_growth(config: HatchlingConfig, num_neurons: int, seed: int = 0) -> Growth:
-    """Plan which neurons to copy, at random: every neuron once before any neuron a second time.
+    """Choose neurons to copy at random; every neuron is copied once before any is copied twice.
 
     Args:
         config: Config of the smaller model.
         num_neurons: Number of neurons of the grown model (n), a multiple of twice `num_heads`.
-        seed: Seed of the choice of neuron pairs and of each copied pair's angle φ.
+        seed: Seed for the choice of neuron pairs and for the angle φ of each copied pair.
 
     Raises:
         ValueError: `num_neurons` is not above the model's number of neurons, or is not a multiple
@@ -133,7 +134,7 @@ def plan_growth(config: HatchlingConfig, num_neurons: int, seed: int = 0) -> Gro
 
 
 def grow(model: Hatchling, num_neurons: int, seed: int = 0) -> Hatchling:
-    """Return a model of more neurons that computes what `model` computes, and can learn more.
+    """Return a model with more neurons that computes the same function as `model`.
 
     To grow an optimizer state as well, call `plan_growth` with the same seed, then `Growth.tree`.
 
@@ -156,7 +157,7 @@ _OF_TRAINING = ("dropout", "truncate", "context_length", "dtype")
 
 
 def merge(models: Sequence[Hatchling], along: Literal["neurons", "heads"] = "neurons") -> Hatchling:
-    """Merge models into one that has the neurons of all; other parameters are averaged.
+    """Merge models into one model with the neurons of all; other parameters are averaged.
 
     Training settings (dropout, truncation, context length) and the dtype of the computation are
     taken from the first model.
@@ -165,8 +166,8 @@ def merge(models: Sequence[Hatchling], along: Literal["neurons", "heads"] = "neu
         models: Two or more models of equal form, width, vocabulary and depth, in the order in which
             their neurons are concatenated.
         along: Axis of the concatenation. With "neurons", each head gets the neurons of all models,
-            as in the paper, and reads one sum over all of them. With "heads", each model's heads
-            stay separate and read as before.
+            as in the paper, and its attention sums over all of these neurons. With "heads", the
+            merged model has the heads of all models, and the attention of each head is unchanged.
 
     Raises:
         ValueError: There are fewer than two models, they differ in more than the number of neurons

@@ -1,4 +1,4 @@
-"""Adapters of a Hatchling's linear layers Dx and E: add them, apply them, merge them."""
+"""LoRA adapters on a Hatchling's linear layers Dx (vectors to neurons) and E (neurons to vectors)."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,22 +11,27 @@ from thoughtbubbles.checks import check_adapter, check_deltas
 from thoughtbubbles.hatchling.config import HatchlingConfig
 from thoughtbubbles.weights import adapted
 
-# The names of the axes of each layer: of its stack, there is none, its inputs and its outputs.
+# Logical axis names of each layer: stack axes (none), input axis and output axis.
 AXES = {"dx": ((), "embed", "heads"), "e": ((), "heads", "embed")}
 
 
 def lora_targets(config: HatchlingConfig) -> dict[str, tuple[tuple[int, ...], int, int]]:
-    """List the layers `dx` (vectors to neurons) and `e` (neurons to vectors) with their sizes.
+    """Return the sizes of the linear layers `dx` (vectors to neurons) and `e` (neurons to vectors).
 
     Returns:
-        Dict from a layer's name to `(stack, inputs, outputs)`, where `stack` is `()`.
+        Mapping from layer name to `(stack, inputs, outputs)`, where `stack` is `()`.
     """
     width, neurons = config.embed_dim, config.num_neurons
     return {"dx": ((), width, neurons), "e": ((), neurons, width)}
 
 
 def with_adapter(model: Any, adapter: Mapping[str, Any]) -> Any:
-    """Return a copy of a model with adapters on Dx and E, which shares the model's arrays.
+    """Return a copy of a `Hatchling` with adapters on Dx and E; the copy shares its arrays.
+
+    Args:
+        model: The `Hatchling`; it is not changed.
+        adapter: Mapping from layer name ("dx", "e") to its adapter, a callable from
+            `[..., inputs]` to `[..., outputs]`.
 
     Raises:
         ValueError: A name is not "dx" or "e", an adapter does not have its layer's shape, or the
@@ -43,7 +48,13 @@ def with_adapter(model: Any, adapter: Mapping[str, Any]) -> Any:
 def adapted_neurons(
     neurons: jax.Array, value: jax.Array, adapters: Mapping[str, Any] | None
 ) -> jax.Array:
-    """Add the output of Dx's adapter, if any, on `value [B, C, d]` to neurons `[H, B, C, N]`."""
+    """Add the output of the adapter of Dx, if there is one, to the output of Dx.
+
+    Args:
+        neurons: Output of Dx, `[H, B, C, N]`: `N` neurons per head for `C` vectors of each row.
+        value: Input of Dx, vectors `[B, C, d]` of width d.
+        adapters: Mapping from layer name ("dx", "e") to its adapter; None without adapters.
+    """
     if adapters is None or "dx" not in adapters:
         return neurons
     more = adapters["dx"](value).reshape(*value.shape[:2], len(neurons), -1)
@@ -53,7 +64,13 @@ def adapted_neurons(
 def adapted_vectors(
     vectors: jax.Array, y: jax.Array, adapters: Mapping[str, Any] | None
 ) -> jax.Array:
-    """Add the output of E's adapter, if any, on neurons `y [H, B, C, N]` to vectors `[B, C, d]`."""
+    """Add the output of the adapter of E, if there is one, to the output of E.
+
+    Args:
+        vectors: Output of E, `[B, C, d]`: `C` vectors of width d in each row.
+        y: Input of E, gated neurons `[H, B, C, N]`: `N` neurons per head for each vector.
+        adapters: Mapping from layer name ("dx", "e") to its adapter; None without adapters.
+    """
     if adapters is None:
         return vectors
     flat = jnp.moveaxis(y, 0, 2).reshape(*vectors.shape[:2], -1)
@@ -61,7 +78,11 @@ def adapted_vectors(
 
 
 def merged(model: Any, deltas: Mapping[str, jax.Array]) -> Any:
-    """Return a copy of a model with `deltas [inputs, outputs]` added to Dx and E.
+    """Return a copy of a `Hatchling` with changes added to Dx and E, such as merged LoRA adapters.
+
+    Args:
+        model: The `Hatchling`; it is not changed.
+        deltas: Mapping from layer name ("dx", "e") to a change of its kernel, `[inputs, outputs]`.
 
     Raises:
         ValueError: A name is not "dx" or "e", or a delta does not have its layer's shape.

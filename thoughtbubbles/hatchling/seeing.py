@@ -1,4 +1,4 @@
-"""Look inside a Dragon Hatchling: trace synapses over time, and test which tell texts apart."""
+"""Interpretability of a Dragon Hatchling: trace synapses over time, and test for concepts."""
 
 import dataclasses
 import math
@@ -16,13 +16,15 @@ from thoughtbubbles.short_repr import ShortRepr
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Synapses(ShortRepr):
-    """Some synapses of one layer, each given by the two neurons that it connects.
+    """A list of `M` synapses of one layer, each from a source neuron to a target neuron of a head.
+
+    While the source neuron x is active, the synapse adds its strength times x to the gate of the
+    target neuron y.
 
     Attributes:
-        head: Index of the head of both neurons, `[K]` int.
-        source: Index, within the head, of the neuron x that reads, `[K]` int.
-        target: Index, within the head, of the neuron y whose gate the source opens or closes, `[K]`
-            int.
+        head: Index of the head of both neurons, `[M]` int.
+        source: Index, within the head, of the source neuron x, `[M]` int.
+        target: Index, within the head, of the target neuron y, `[M]` int.
     """
 
     head: np.ndarray
@@ -38,23 +40,24 @@ def synapse_traces(
 ) -> np.ndarray:
     """Compute the strength of synapses after each token of some texts.
 
-    The strength of the synapse from neuron j to neuron i of a head is what x_j = 1 at the next
-    token would add to the gate of y_i before the norm: σ(i, j) = ρ_j · Dy_i. Here ρ_j is the row of
-    the state for neuron j, rotated and damped for the position of the next token, and Dy_i is
-    centred, because the norm centres what Dy_i is multiplied by.
+    The strength of the synapse from source neuron j to target neuron i of a head is
+    σ(i, j) = ρ_j · Dy_i, which is the amount that x_j = 1 at the next token would add to the gate
+    of y_i, without the scale of the norm. Here ρ_j is the row of the state for neuron j, rotated
+    and decayed to the position of the next token. Dy_i is centred, because the norm centres the
+    vector that is multiplied by Dy_i.
 
     Args:
-        model: Model to look into.
+        model: Model without fork layers.
         tokens: Token ids `[B, T]`, without padding.
         layer: Index of the layer, from 0.
-        synapses: The K synapses to trace.
+        synapses: The `M` synapses to trace.
 
     Returns:
-        Strengths `[B, T, K]` float32.
+        Strengths `[B, T, M]` float32.
 
     Raises:
-        ValueError: The layer, a head or a neuron does not exist, a document begins inside of a row,
-            or the model forks.
+        ValueError: The layer, a head or a neuron does not exist, a document begins inside a row, or
+            the model has fork layers.
     """
     config = model.config
     if config.separator is not None and (np.asarray(tokens)[:, 1:] == config.separator).any():
@@ -84,7 +87,7 @@ def synapse_traces(
     for head, source, target in zip(synapses.head, synapses.source, synapses.target, strict=True):
         direction = dy[:, head, target] - dy[:, head, target].mean()
         phase = 2 * np.pi * distance * float(model.frequency[head, source])
-        # A pair (even, odd) is turned by its phase; x_j = 1 reads one of the two.
+        # RoPE rotates a pair (even, odd) by its phase; x_j = 1 selects one neuron of the pair.
         side = 1 if source % 2 == 0 else -1
         own, other = x[:, :, head, source], x[:, :, head, source + side]
         reach = np.where(past, gamma[head] ** np.maximum(distance, 0), 0)
@@ -97,15 +100,15 @@ def synapse_traces(
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class MannWhitney(ShortRepr):
-    """Results of Mann and Whitney's test, one per column of the samples (sizes m and n).
+    """Results of the Mann-Whitney test of two samples of sizes m and n, one per column.
 
     Attributes:
-        u: Number of pairs, of a value of each sample, in which the first sample's value is larger;
-            ties count as 1/2.
+        u: Statistic U: number of pairs of a value of the first sample and a value of the second
+            sample in which the first value is larger; ties count as 1/2.
         rank_biserial: Rank-biserial correlation 2 u / (m n) - 1: 1 if every value of the first
             sample is larger than every value of the second, -1 if every value is smaller.
-        p_value: Probability of a `u` at least as far from m n / 2 if both samples had the same
-            distribution.
+        p_value: Two-sided p-value: probability of a `u` at least as far from m n / 2 if both
+            samples had the same distribution.
     """
 
     u: np.ndarray
@@ -116,10 +119,10 @@ class MannWhitney(ShortRepr):
 def mann_whitney(first: np.ndarray, second: np.ndarray) -> MannWhitney:
     """Test whether values are larger in one sample than in another (Mann-Whitney, two-sided).
 
-    A synapse is monosemantic for a concept if its strengths at mentions of the concept and at other
-    places hardly overlap. The p-value is the normal approximation with corrections for ties and
-    continuity. It is valid for a single test: choose synapses on other texts than those on which
-    they are tested, or multiply it by the number of synapses tried.
+    A synapse is monosemantic for a concept if its strengths where the concept is mentioned hardly
+    overlap with its strengths elsewhere. The p-value is the normal approximation with corrections
+    for ties and continuity. It is valid for a single test: test synapses on other texts than those
+    on which they were chosen, or multiply the p-value by the number of synapses tried.
 
     Args:
         first: Values of the first sample, `[m, ...]`.
@@ -129,8 +132,8 @@ def mann_whitney(first: np.ndarray, second: np.ndarray) -> MannWhitney:
         Results of the test for each column, arrays `[...]` float64.
 
     Raises:
-        ValueError: A sample is empty, a value is not finite, or the samples differ in their axes
-            after axis 0.
+        ValueError: A sample is empty, a value is not finite, or the samples differ in a size after
+            axis 0.
     """
     first, second = np.asarray(first, np.float64), np.asarray(second, np.float64)
     if first.shape[1:] != second.shape[1:]:
@@ -165,18 +168,18 @@ def strongest_synapses(
     """Find the synapses of a layer that are strongest after some texts.
 
     Args:
-        model: Model to look into.
+        model: Model without fork layers.
         tokens: Token ids `[B, T]`, without padding.
         layer: Index of the layer, from 0.
         count: Number of synapses to find over all heads.
 
     Returns:
-        Synapses, strongest first, and the mean absolute strength of each over the texts, `[count]`
-        float64.
+        Synapses, the strongest first, and the mean absolute strength of each synapse over the
+        texts, `[count]` float64.
 
     Raises:
         ValueError: The layer does not exist, `count` is below 1 or above the layer's number of
-            synapses, or the model forks.
+            synapses, or the model has fork layers.
     """
     config = model.config
     _check_layer(config, layer)
@@ -207,12 +210,13 @@ def strongest_synapses(
 
 
 def synapse_matrix(model: Hatchling, synapses: np.ndarray, length: int, head: int) -> np.ndarray:
-    """Compute the strengths of all synapses of a head, as the next token of a row would read them.
+    """Compute the strengths of all synapses of a head at the position of a row's next token.
 
     Args:
-        model: Model to look into.
-        synapses: State of one row in one layer, `[H, N, d]`, an entry of `State.synapses`.
-        length: Number of tokens that the row has read, an entry of `State.length`.
+        model: Model without fork layers.
+        synapses: State of one row in one layer, `[H, N, d]` for `N` neurons per head and width d:
+            `State.synapses[layer, row]`.
+        length: Number of tokens of the row so far, an entry of `State.length`.
         head: Index of the head.
 
     Returns:
@@ -221,7 +225,7 @@ def synapse_matrix(model: Hatchling, synapses: np.ndarray, length: int, head: in
     phase = 2 * np.pi * length * np.asarray(model.frequency[head], np.float64)[::2, None]
     even, odd = np.asarray(synapses[head], np.float64).reshape(len(phase), 2, -1).swapaxes(0, 1)
     cos, sin = np.cos(phase), np.sin(phase)
-    # Stored neurons are turned by their own phases; a reader turns by that of the next token.
+    # Stored neurons are rotated by the phases of their tokens; the query by that of the next token.
     seen = np.stack([even * cos + odd * sin, odd * cos - even * sin], axis=1)
     dy = np.asarray(model.dy[:, head], np.float64)
     return seen.reshape(synapses.shape[1:]) @ (dy - dy.mean(axis=0))
@@ -231,7 +235,7 @@ def most_active(neurons: np.ndarray, count: int) -> np.ndarray:
     """Return the indices `[count]` of the neurons with the largest summed activity, largest first.
 
     Args:
-        neurons: Activity `[..., n]`, summed over all axes but the last.
+        neurons: Activity `[..., n]`, which is summed over all axes but the last.
         count: Number of neurons to return.
     """
     total = neurons.reshape(-1, neurons.shape[-1]).sum(axis=0)

@@ -1,4 +1,4 @@
-"""Sites of a Dragon Hatchling, at which tools read and edit activations; and its neurons."""
+"""Sites of a Dragon Hatchling, at which activations are captured or edited; and its neurons."""
 
 from collections.abc import Callable
 from typing import Any
@@ -31,8 +31,8 @@ class SitedHatchling(Architecture):
     def sites(self) -> tuple[str, ...]:
         """Names of the sites, in the order of the forward pass.
 
-        They are `embed` before the first layer, `fork_i` after the fork layer that precedes layer
-        `i`, and `block_i` after layer `i`.
+        `embed` is the input of the first layer, `fork_i` the output of the fork layer in front of
+        layer `i`, and `block_i` the output of layer `i`.
         """
         forked = [start for start, _ in self._groups_of_layers()[1:]]
         names = ["embed"]
@@ -44,13 +44,13 @@ class SitedHatchling(Architecture):
     def neuron_sites(self) -> tuple[str, ...]:
         """Names of the sites `x_i` and `y_i`, the neurons of layer `i` before and after the gate.
 
-        Their values `[B, S, n]` are sparse features without an autoencoder. They can be captured by
-        name, but not edited.
+        The activations `[B, S, n]` are sparse features without a sparse autoencoder. These sites
+        can be captured, but not edited.
         """
         return tuple(f"{kind}_{i}" for i in range(self.config.num_layers) for kind in "xy")
 
     def run_sites(self, inputs: jax.Array, length: AnyArray | None, visit: Visit) -> Streams:
-        """As in `SitedModel.run_sites`; rows are read whole, without regard to `chunk`."""
+        """As `SitedModel.run_sites`; each row is processed at once, and `chunk` is ignored."""
         starts = None
         if jnp.ndim(inputs) != 3:
             check_ids(inputs)
@@ -82,7 +82,7 @@ class SitedHatchling(Architecture):
         return streams
 
     def decode(self, x: jax.Array) -> jax.Array:
-        """Compute logits `[..., V]` from vectors `[..., d]` of a site, by the head alone."""
+        """Apply the LM head (there is no final norm): vectors `[..., d]` to logits `[..., V]`."""
         return self.unembed(x)
 
     def activations(self, tokens: AnyArray, length: AnyArray | None = None) -> Neurons:
@@ -103,15 +103,15 @@ class SitedHatchling(Architecture):
         return [(0, self.config.num_layers)]
 
     def _reach(self, streams: Streams, starts: jax.Array | None) -> tuple[Reach, jax.Array | None]:
-        """Reach of streams of whole rows, and the factor on what layers add to each; None for 1."""
+        """Reach of streams of whole rows, and factor on each stream's residual updates (None: 1)."""
         first = broadcast_beside(0, streams.x, 1)
         return Reach.of(self.config, first, streams.length, streams.x.shape[1], starts), None
 
 
 def merged(streams: Streams) -> jax.Array:
-    """Return one hidden state per token, `[B, T, d]`: the weighted sum of its streams, normalised.
+    """Return the hidden state of each token, `[B, T, d]`: the score-weighted sum of its streams.
 
-    The hidden state of streams that never forked is returned as it is.
+    The sum is normalised, except without a fork layer, where each token has one stream.
     """
     hidden = merge(streams)
     return normalized(hidden) if streams.forked else hidden

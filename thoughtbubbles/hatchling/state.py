@@ -1,4 +1,4 @@
-"""The state in which a Dragon Hatchling keeps the past, and the results of a forward pass."""
+"""The recurrent state of a Dragon Hatchling, and the results of a forward pass."""
 
 import dataclasses
 from typing import Any, NamedTuple, Self
@@ -12,21 +12,25 @@ from thoughtbubbles.short_repr import ShortRepr, short_repr
 
 
 class Frequency(nnx.Variable):
-    """Rotary frequencies in turns per token, constants that are saved in checkpoints.
+    """Rotary frequencies in turns per token: constants, not parameters, but saved in checkpoints.
 
-    They can't be recomputed from the config: in a grown model, neurons keep their old frequencies.
+    Frequencies can't be recomputed from the config, because the neurons of a grown model have the
+    frequencies of the neurons that they copy.
     """
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, repr=False)
 class State(ShortRepr):
-    """State of a Hatchling after the tokens read so far, of a size independent of their number.
+    """State of a Hatchling after the tokens so far, which replaces a KV cache in decoding.
+
+    The size of the state does not depend on the number of tokens.
 
     Attributes:
-        length: Number of tokens read since the last document began, `[B]` int32.
+        length: Number of tokens of each row since its last document began, `[B]` int32.
         synapses: Sum of outer products of rotated neurons and values in each layer,
-            `[L, B, H, N, d]` float32 (ρ of the paper).
+            `[L, B, H, N, d]` float32 (ρ of the paper), for `L` layers, `N` neurons per head and
+            width `d`.
     """
 
     length: jax.Array
@@ -34,11 +38,11 @@ class State(ShortRepr):
 
     @classmethod
     def check(cls, cache: Any, x: jax.Array, length: AnyArray) -> None:
-        """Raise a ValueError unless a state is of this class and, like lengths, of the right batch.
+        """Raise a ValueError unless a state has this class, and state and lengths have `B` rows.
 
         Args:
-            cache: State that is to be extended.
-            x: Vectors `[B, C, d]` by which it is to be extended.
+            cache: State to extend.
+            x: Vectors `[B, C, d]` that are to be appended to the rows of the state.
             length: Number of real vectors in each row, `[B]` or a scalar.
         """
         if type(cache) is not cls:
@@ -54,7 +58,7 @@ class State(ShortRepr):
         check_lengths(length, x.shape[0])
 
     def beside(self, rows: AnyArray) -> Self:
-        """Place the state on devices as the rows `[B, ...]` are placed."""
+        """Shard the batch axis of the state like that of an array `rows [B, ...]`."""
         length = placed_beside(self.length, rows)
         synapses = placed_beside(self.synapses, rows, axis=1)
         return dataclasses.replace(self, length=length, synapses=synapses)
@@ -63,13 +67,14 @@ class State(ShortRepr):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, repr=False)
 class Activations(ShortRepr):
-    """Result of a forward pass.
+    """Result of a forward pass: hidden states, and counts of active neurons.
 
     Attributes:
-        hidden: Hidden states `[B, T, d]`.
+        hidden: Hidden states `[B, T, d]` of width d.
         tokens: Number of real tokens of the batch, a float32 scalar.
-        x_active: Number of neurons x above 0 in each layer, summed over tokens, `[L]` float32.
-        y_active: Number of gated neurons y above 0 in each layer, summed over tokens, `[L]`
+        x_active: Number of neurons x above 0 in each of `L` layers, summed over tokens, `[L]`
+            float32.
+        y_active: Number of gated neurons y above 0 in each of `L` layers, summed over tokens, `[L]`
             float32.
     """
 
@@ -83,10 +88,11 @@ class Neurons(NamedTuple):
     """Activations of the neurons of each layer at each token; 0 in padding.
 
     Attributes:
-        x: Neurons `[L, B, T, H, N]`, the queries and keys of attention (before rotation).
+        x: Neurons `[L, B, T, H, N]` of `L` layers with `N` neurons per head, the queries and keys
+            of attention (before rotation).
         y: Gated neurons `[L, B, T, H, N]`, from which the layer computes its output.
-        value: Input vectors of the layer, `[L, B, T, d]`, from which x is computed and which are
-            the values of attention.
+        value: Input vectors of the layer, `[L, B, T, d]` of width d, from which x is computed, and
+            which are also the values of attention.
     """
 
     x: jax.Array
@@ -97,15 +103,15 @@ class Neurons(NamedTuple):
 
 
 class Layers(NamedTuple):
-    """Result of some layers on a chunk.
+    """Result of `L` consecutive layers on a chunk of `C` vectors per row.
 
     Attributes:
-        value: Vectors `[B, C, d]` after the last of the layers.
+        value: Vectors `[B, C, d]` after the last of these layers.
         x_active: Number of neurons x above 0 in each layer, summed over tokens, `[L]` float32.
         y_active: Number of gated neurons y above 0 in each layer, summed over tokens, `[L]`
             float32.
         watched: Neurons of each layer; None unless `_layers` was called with `watch`.
-        carried: Neurons `[H, B, C, N]` after the last layer in the paper's form; None in the
+        carried: In the paper's form, neurons `[H, B, C, N]` after the last layer; None in the
             released form.
     """
 

@@ -1,4 +1,4 @@
-"""Truncated backpropagation: a loss summed over segments, with no gradient between segments."""
+"""Truncated backpropagation through time: no gradient flows between the segments of a row."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,23 +7,25 @@ import jax
 import jax.numpy as jnp
 
 Segment = Callable[[Any, Any, Any], tuple[jax.Array, tuple[Any, Any]]]
-"""Function from weights, a state and a segment's inputs to `(loss, (next state, other sums))`."""
+"""Function from parameters, state and inputs of a segment to `(loss, (next state, other sums))`."""
 
 
 def truncated_sum(segment: Segment, weights: Any, state: Any, inputs: Any) -> tuple[jax.Array, Any]:
-    """Sum a loss over segments that pass a state on, differentiable with respect to the weights.
+    """Sum a loss over consecutive segments, each of which starts from the previous one's state.
 
-    The gradient treats each state as a constant. It is computed together with the loss, segment by
-    segment, so a row of any length needs the memory of one segment.
+    The sum is differentiable with respect to the parameters; the gradient treats each state as a
+    constant. Loss and gradient are computed together, segment by segment, so activations of only
+    one segment are stored at a time, for rows of any length.
 
     Args:
-        segment: Function that computes the loss of a segment, the state after it, and other sums.
-        weights: Tree of arrays. Arrays that are not floating-point get no gradient.
+        segment: Function that computes the loss of a segment, the state after the segment, and
+            other sums.
+        weights: Parameters, a pytree of arrays. Arrays that are not floating-point get no gradient.
         state: State before the first segment; it gets no gradient.
-        inputs: Tree of arrays whose axis 0 indexes the segments.
+        inputs: Pytree of arrays whose axis 0 indexes the segments.
 
     Returns:
-        Sum of the losses, and the sums over segments of the other results, which have no gradient.
+        Sum of the losses, and the other sums added over the segments, which get no gradient.
     """
     leaves, structure = jax.tree.flatten(weights)
     trained = [jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in leaves]

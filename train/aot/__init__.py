@@ -1,1 +1,1 @@
-"""Programs compiled ahead of time for chips that are not attached, and what they need there."""
+"""Ahead-of-time compilation for chips that are not attached: memory, collectives and roofline."""

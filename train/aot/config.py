@@ -1,4 +1,4 @@
-"""What to compile and for which chips: a run's config and a topology."""
+"""Config of `thoughtbubbles compile`: a pretraining run, and the topology to compile it for."""
 
 import dataclasses
 
@@ -8,21 +8,21 @@ from train.devices.attention import Attention
 from train.pretraining.config import RunConfig
 from train.pretraining.presets import PRESETS
 
-# Options that only a real run has.
+# Options that only affect a real run, and must keep their defaults.
 IDLE = ("dry_run", "profile", "peak_tflops", "distributed", "init", "train")
 
 
 @dataclasses.dataclass(frozen=True)
 class CompileConfig(RunConfig):
-    """A pretraining run, and what to compile it for.
+    """Config of a pretraining run, with the topology and the program to compile.
 
     Attributes:
         topology: Chips to compile for, e.g. v5e:2x4, v5p:4x4x4, v6e:4x4, h100:16.
         what: Program to compile: the train "step", or a cached "decode" step of `batch_size` rows
             with a capacity of `data.seq_len` tokens.
         advise: Whether to try changes of a config that does not fit, and to print the first change
-            that makes it fit.
-        json: File for the report in JSON; none by default.
+            with which the program fits.
+        json: JSON file for the report; none by default.
     """
 
     topology: str = ""
@@ -32,7 +32,7 @@ class CompileConfig(RunConfig):
 
 
 def presets() -> dict[str, CompileConfig]:
-    """Return the runs of `train.pretraining.presets` by name, as configs without a topology."""
+    """Return each preset of `train.pretraining.presets` as a config without a topology, by name."""
     return {
         name: CompileConfig(
             **{field.name: getattr(run, field.name) for field in dataclasses.fields(run)}
@@ -57,9 +57,9 @@ def check_config(config: CompileConfig) -> None:
 
 
 def attention_of(config: CompileConfig, topology: Topology) -> Attention:
-    """Return the attention kernel to compile: the config's, but "xla" for "auto" on GPUs.
+    """Return the attention kernel to compile: `config.attention`, but "xla" for "auto" on GPUs.
 
-    jax can't ask a card that is not attached what its cuDNN supports.
+    jax can't query which attention calls the cuDNN of an unattached GPU supports.
     """
     if config.attention == "auto" and topology.platform == "cuda":
         return "xla"

@@ -1,4 +1,4 @@
-"""Check whether a run's program fits on a topology, and find a change of its config that does."""
+"""Check whether a run's program fits on a topology, and find a change that makes it fit."""
 
 import dataclasses
 import math
@@ -20,11 +20,11 @@ UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 def fit(config: CompileConfig, topology: Topology) -> dict[str, Any]:
-    """Compile a config for a topology.
+    """Compile a config's program for a topology, and report whether the program fits.
 
     Returns:
-        Report of `train.aot.report.report_of`. Where the compiler runs out of memory, it has only
-        `fits` (False) and `memory`: bytes of each argument, "needed" and "available".
+        Report of `train.aot.report.report_of`. If the compiler runs out of memory, the report has
+        only `fits` (False) and `memory`: bytes of each argument, "needed" and "available".
 
     Raises:
         ValueError: The config can't be placed on this topology, or does not compile.
@@ -47,7 +47,7 @@ def fit(config: CompileConfig, topology: Topology) -> dict[str, Any]:
 
 
 def needed_memory(message: str) -> int | None:
-    """Read the bytes of HBM that a program needs from libtpu's error message; None without any."""
+    """Parse the bytes of HBM that a program needs from libtpu's error; None if not stated."""
     if "RESOURCE_EXHAUSTED" not in message:
         return None
     number = re.search(
@@ -64,16 +64,16 @@ def advice(
 ) -> dict[str, Any] | None:
     """Try the changes of `remedies` until a config fits.
 
-    Changes that can't save enough memory are passed over without compiling.
+    Changes that can't save enough memory are skipped without compiling.
 
     Args:
         config: Config that does not fit.
         topology: Devices to compile for.
-        report: Report of `fit` for this config.
+        report: Report that `fit` returned for this config.
 
     Returns:
-        Dict of the first change that makes the config fit, as `options` of the command line, and
-        its `peak` memory in bytes; None if no change does.
+        Dict of the first change with which the config fits: `options`, the change as command-line
+        options, and `peak`, the resulting peak memory in bytes. None if no change suffices.
     """
     state = sum(arguments_of(_program(config, topology)).values())
     excess = {config.model.remat: _excess(report)}
@@ -81,10 +81,10 @@ def advice(
         try:
             part = sum(arguments_of(_program(changed, topology)).values())
         except ValueError:
-            continue  # does not divide
+            continue  # the batch or a parameter does not divide over the mesh
         if part > topology.chip.memory:
             continue
-        # Splitting the state further saves a part of it, and as much of the gradients.
+        # Sharding the state further saves a part of the state, and as much of the gradients.
         only_state = changed.accumulate == config.accumulate and "--mesh" in change
         if only_state and changed.mesh.tensor == config.mesh.tensor:
             known = excess.get(changed.model.remat)
@@ -114,10 +114,10 @@ def _excess(report: dict[str, Any]) -> float:
 
 
 def remedies(config: CompileConfig, devices: int) -> Iterator[tuple[str, CompileConfig]]:
-    """Yield changes that save memory, beginning with those that slow a run least.
+    """Yield config changes that save memory, beginning with the changes that slow a run least.
 
-    First activations are recomputed, then the state is split over all devices, then gradients are
-    accumulated over smaller parts of the batch, and at last the matrices are split too.
+    First, activations are recomputed; then, the state is sharded over all devices; then, gradients
+    are accumulated over smaller micro-batches; finally, matrices are sharded over `tensor` too.
 
     Args:
         config: Config that does not fit.

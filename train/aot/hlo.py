@@ -1,4 +1,4 @@
-"""Read from a compiled program which collectives one run executes, how often and how large."""
+"""Parse a compiled program's HLO for its collectives: their kinds, sizes and execution counts."""
 
 import dataclasses
 import itertools
@@ -29,10 +29,10 @@ class Collective:
     Attributes:
         kind: Kind of operation, one of `KINDS`.
         shapes: Shapes of the result on each device, e.g. `("bf16[2048,8192]",)`.
-        size: Bytes of the whole array: the gathered result, or what is scattered, reduced or sent.
-        times: Number of executions in one run of the program.
-        group: Logical devices (flat indices into the mesh) of one group of the operation.
-        op_name: Name of the traced operation that the collective comes from.
+        size: Bytes of the full array that is gathered, scattered, reduced or sent.
+        times: Number of executions of the operation in one execution of the program.
+        group: Flat mesh indices of the devices in one group of the operation.
+        op_name: Name of the traced jax operation that the collective comes from.
     """
 
     kind: str
@@ -56,9 +56,9 @@ class Collectives:
     """All collectives of a program.
 
     Attributes:
-        items: Collectives that run, in the order of the program.
-        unknown_loops: Number of loops with collectives whose number of rounds is unknown; such a
-            loop counts as one round.
+        items: Collectives that are executed, in the order of the program.
+        unknown_loops: Number of loops that contain collectives and have an unknown trip count; a
+            loop of this kind counts as one iteration.
     """
 
     items: tuple[Collective, ...]
@@ -68,10 +68,10 @@ class Collectives:
 def collectives_of(text: str, devices: int) -> Collectives:
     """Find the collectives of a compiled program.
 
-    The body of a loop counts once per round. The number of rounds is XLA's own count if the program
-    has it, otherwise it is derived from the constants of the loop's counter. Every branch of a
-    conditional counts. A collective that the compiler has spread over several fused computations
-    (with one channel) counts once.
+    The body of a loop counts once per iteration. The trip count is XLA's own count if the program
+    states it; otherwise it is derived from the constants of the loop counter. Every branch of a
+    conditional counts. A collective that the compiler has split over several fused computations
+    (with the same channel id) counts once.
 
     Args:
         text: HLO of the program, from `jax.stages.Compiled.as_text()`.
@@ -95,7 +95,7 @@ def collectives_of(text: str, devices: int) -> Collectives:
 
 
 def _computations(text: str) -> tuple[dict[str, list[str]], str]:
-    """Split a program into instructions `NAME = ...` by computation, and the entry's name."""
+    """Return a program's instructions, keyed by computation, and the entry computation's name."""
     computations: dict[str, list[str]] = {}
     entry, lines = "", []
     for line in text.splitlines():
@@ -108,7 +108,7 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
 
 
 def _times(computations: dict[str, list[str]], entry: str) -> tuple[dict[str, int], set[str]]:
-    """Count how often each computation runs, and find the bodies of loops of unknown length."""
+    """Count executions of each computation, and find bodies of loops with unknown trip count."""
     callers: dict[str, list[tuple[str, int]]] = {}
     unknown: set[str] = set()
     for name, lines in computations.items():
@@ -139,7 +139,7 @@ def _times(computations: dict[str, list[str]], entry: str) -> tuple[dict[str, in
 
 
 def _rounds(line: str, called: dict[str, list[str]]) -> int | None:
-    """Number of rounds of a loop that counts from 0 up to a constant; None if unknown."""
+    """Return the trip count of a loop that counts from 0 up to a constant; None if unknown."""
     if known := _TRIPS.search(line):
         return int(known[1])
     condition, body = called.get("condition", []), called["body"]
@@ -147,7 +147,7 @@ def _rounds(line: str, called: dict[str, list[str]]) -> int | None:
     indices = [int(found[1]) for text in condition if (found := _COUNTER.search(text))]
     if len(bounds) != 1 or len(indices) != 1:
         return None
-    # A sum inside a fusion is that of lax.scan, which counts by 1.
+    # An addition inside a fusion belongs to lax.scan, which counts by 1.
     results = re.findall(r"%[^ ,)]+", body[-1].rpartition(" tuple(")[2].partition(")")[0])
     counter = results[indices[0]] if indices[0] < len(results) else None
     steps, step = _constants(body), 1
@@ -174,7 +174,7 @@ def _collective(computation: str, line: str, times: int, devices: int) -> Collec
         arrays = [array for array in arrays if array[1]]
         arrays = arrays[len(arrays) // 2 :]
     group = _pairs(line) if kind == "collective-permute" else _group(line, devices)
-    # A TPU scatters a reduction by a fusion around an all-reduce.
+    # On a TPU, a reduce-scatter is a fusion around an all-reduce.
     if kind == "all-reduce" and computation.startswith("all-reduce-scatter"):
         kind, scale = "reduce-scatter", 1
     else:
@@ -186,7 +186,7 @@ def _collective(computation: str, line: str, times: int, devices: int) -> Collec
 
 
 def _split_shape(text: str) -> tuple[str, str]:
-    """Split off the result's shape, which may be a tuple with nested brackets, from the rest."""
+    """Split an instruction into its result shape, which may be a nested tuple, and what follows."""
     if not text.startswith("("):
         shape, _, rest = text.partition(" ")
         return shape, rest
@@ -202,14 +202,14 @@ def _bytes(kind: str, shape: str) -> int:
 
 
 def _pairs(line: str) -> tuple[int, ...]:
-    """Find the first pair of a permutation whose source is not its target; (0,) without one."""
+    """Find the first (source, target) of two different devices in a permutation, or else (0,)."""
     found = re.search(r"source_target_pairs=\{(.*?)\}\}", line)
     pairs = re.findall(r"(\d+),(\d+)", found[1]) if found else []
     return next(((int(a), int(b)) for a, b in pairs if a != b), (0,))
 
 
 def _group(line: str, devices: int) -> tuple[int, ...]:
-    """Read a collective's first group from any form in which XLA prints groups."""
+    """Parse the first device group of a collective, in any format in which XLA prints groups."""
     start = line.find("replica_groups=")
     text = line[start + len("replica_groups=") :] if start >= 0 else ""
     if text.startswith("mesh["):
@@ -223,7 +223,7 @@ def _group(line: str, devices: int) -> tuple[int, ...]:
 
 
 def _group_of_mesh(text: str) -> tuple[int, ...]:
-    """Read the first group along the axes of `mesh['a'=2,'b'=4], device_ids=... {'a','b':(2)2}`."""
+    """Parse the first group of a text like `mesh['a'=2,'b'=4], device_ids=... {'a','b':(2)2}`."""
     head, _, rest = text.partition("]")
     axes = [(name, int(size)) for name, size in re.findall(r"'(\w+)'=(\d+)", head)]
     order = re.match(r", device_ids=\(\[([\d,]+)\](T\([\d,]+\))?\)", rest)
@@ -249,7 +249,7 @@ def _group_of_mesh(text: str) -> tuple[int, ...]:
 
 
 def _iota(text: str) -> np.ndarray:
-    """Return device numbers in the order that a text such as `<=[4,2]T(1,0)` describes."""
+    """Return device ids in the order that a text such as `<=[4,2]T(1,0)` describes."""
     sizes, order = _numbers(text)
     ids = np.arange(math.prod(sizes)).reshape(sizes)
     return ids.transpose(order).reshape(-1) if order else ids.reshape(-1)

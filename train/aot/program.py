@@ -1,4 +1,4 @@
-"""Programs on abstract arrays: the train step of a run, or a cached decode step."""
+"""Programs to compile ahead of time: a run's train step, or a cached decode step."""
 
 import dataclasses
 from typing import Any, Literal
@@ -33,13 +33,15 @@ class Program:
 
     Attributes:
         function: Jitted function, with shardings and donation.
-        inputs: Positional arguments, trees of `jax.ShapeDtypeStruct` with shardings.
-        arguments: Arrays of `inputs` by purpose: "parameters", "optimizer state", "cache", "batch".
-        rewritten: Names of the `arguments` that each run reads and overwrites as a whole.
-        flops: Model FLOPs of one run on the whole mesh: the matrix products of a forward pass, or
-            three times as many for a train step.
-        recomputed: FLOPs that rematerialisation adds to one run on the whole mesh.
-        tokens: Number of tokens that one run processes.
+        inputs: Positional arguments of `function`, pytrees of `jax.ShapeDtypeStruct` with
+            shardings.
+        arguments: Mapping from a purpose ("parameters", "optimizer state", "cache", "batch") to
+            the arrays of `inputs` with this purpose, a pytree.
+        rewritten: Keys of `arguments` whose arrays each execution reads and completely overwrites.
+        flops: Model FLOPs of one execution on the whole mesh: the matrix products of a forward
+            pass, or three times as many for a train step.
+        recomputed: FLOPs that rematerialisation adds to one execution on the whole mesh.
+        tokens: Number of tokens that one execution processes.
     """
 
     function: Any
@@ -56,17 +58,17 @@ class Program:
 
 
 def program_of(config: RunConfig, mesh: Mesh, what: What, attention: Attention) -> Program:
-    """Make the program that a run executes at each step.
+    """Make the program that a run executes at each train step or decode step.
 
     Args:
         config: Config of the run.
-        mesh: Mesh of real devices, or of described ones that are not attached.
+        mesh: Mesh of attached devices, or of descriptions of devices that are not attached.
         what: Kind of program, "step" or "decode".
         attention: Attention kernel.
 
     Raises:
-        ValueError: The batch or a parameter does not divide over the mesh, or a "decode" program
-            is asked of a model without a shardable decoding cache.
+        ValueError: The batch or a parameter does not divide over the mesh, or `what` is "decode"
+            and the model has no decoding cache that can be sharded.
     """
     check_batch(config.batch_size, config.accumulate, mesh)
     trainable = make_trainable(
@@ -98,10 +100,10 @@ def _step(config: RunConfig, trainable: Trainable) -> Program:
 
 
 def _decode(config: RunConfig, trainable: Trainable) -> Program:
-    """Make the program that decodes a token in each row; caches have room for `seq_len` tokens.
+    """Make the program that decodes one token per row, with a cache of capacity `seq_len` tokens.
 
-    Rows split over `data` and `fsdp`, heads over `tensor`. Parameters split over `tensor` alone:
-    split over `fsdp` too, they would be gathered for every token.
+    Rows are sharded over `data` and `fsdp`, heads over `tensor`. Parameters are sharded over
+    `tensor` alone: parameters sharded over `fsdp` would be gathered for every token.
     """
     mesh, model_config = trainable.mesh, config.model
     if not isinstance(model_config, ModelConfig):

@@ -28,7 +28,7 @@ ASSUMPTIONS = (
 
 
 def arguments_of(program: Program) -> dict[str, int]:
-    """Return the bytes of each argument on each device, by the argument's name."""
+    """Return the bytes per device of each entry of `program.arguments`, keyed by its name."""
     return {name: shard_bytes(tree) for name, tree in program.arguments.items()}
 
 
@@ -38,17 +38,18 @@ def memory_of(compiled: jax.stages.Compiled, program: Program, platform: str) ->
     Args:
         compiled: Executable of the program.
         program: Program that was compiled.
-        platform: Platform that it was compiled for, such as "tpu" or "cuda".
+        platform: Platform that the program was compiled for, such as "tpu" or "cuda".
 
     Returns:
-        Bytes of each argument by its name, and of the arguments' "padding", the "temporaries", the
-        "results" that are not donated, and the "program"; "peak" is the sum of all.
+        Mapping from names to bytes: each argument, the "padding" of the arguments, "temporaries",
+        "results" that reuse no donated argument, the code of the "program", and "peak", the sum of
+        all other entries.
     """
     stats: Any = compiled.memory_analysis()
     by_argument = arguments_of(program)
     results = stats.output_size_in_bytes - stats.alias_size_in_bytes
-    # libtpu lets buffers that are not live at once share memory, and checks the peak. On a GPU the
-    # temporaries are one block.
+    # libtpu lets buffers that are not live at the same time share memory, and checks the peak. On a
+    # GPU, the temporaries are one block.
     live = stats.peak_memory_in_bytes - stats.argument_size_in_bytes - results
     memory = {
         **by_argument,
@@ -61,11 +62,11 @@ def memory_of(compiled: jax.stages.Compiled, program: Program, platform: str) ->
 
 
 def sharding_table(params: Any) -> list[dict[str, Any]]:
-    """Describe how each parameter is sharded.
+    """Describe how each parameter of an nnx.State is sharded.
 
     Returns:
-        Dicts with `name`, `shape`, `spec` (entries of its PartitionSpec) and `per_device` (shape on
-        each device).
+        List with a dict for each parameter: `name`, `shape`, `spec` (the entries of the
+        PartitionSpec) and `per_device` (shape on each device).
     """
     rows = []
     for path, variable in jax.tree_util.tree_leaves_with_path(
@@ -95,7 +96,7 @@ def report_of(
         mesh: Mesh of the topology's devices.
 
     Returns:
-        Dict, ready for JSON, with sizes in bytes on each device and times in seconds of one run:
+        JSON-serializable dict with sizes in bytes per device and times in seconds per execution:
         `fits`, `memory` (see `memory_of`, and "available"), `collectives`, `flops`, `roofline` and
         `sharding` (see `sharding_table`).
     """
@@ -150,7 +151,7 @@ def report_of(
 
 
 def heading(config: CompileConfig, topology: Topology) -> str:
-    """Return lines of text that say what was compiled, and for which devices."""
+    """Format the compiled model, its program and the devices as lines of text."""
     model, mesh = config.model, make_mesh(config.mesh, topology.devices)
     sizes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
     if config.what == "step":

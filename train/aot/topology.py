@@ -1,4 +1,4 @@
-"""Topologies by name: descriptions of devices that are not attached, to compile for."""
+"""Look up topologies by name: descriptions of unattached devices to compile programs for."""
 
 import dataclasses
 import importlib.util
@@ -12,7 +12,7 @@ from jax.experimental import topologies
 from train.devices.hardware import CHIPS, Chip, libtpu_without_tpus
 
 HOST_GPUS = 8
-# Slices of each TPU that are offered, and numbers of GPUs.
+# Slice shapes that are offered for each kind of TPU, and numbers of GPUs.
 KNOWN = {
     "v5e": ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16"),
     "v5p": ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16"),
@@ -66,14 +66,14 @@ _CARDS = {
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """Devices to compile for.
+    """Set of devices, which need not be attached, that a program is compiled for.
 
     Attributes:
         name: Name, e.g. "v5p:4x4x4".
         chip: Memory, FLOP/s and bandwidths of one device.
-        devices: Descriptions of the devices; no array can be put on them.
+        devices: Descriptions of the devices, on which no array can be placed.
         platform: Platform to lower for, "tpu" or "cuda".
-        options: Compiler options by name.
+        options: Mapping from the names of compiler options to their values.
     """
 
     name: str
@@ -84,10 +84,10 @@ class Topology:
 
 
 def topology_of(name: str) -> Topology:
-    """Return the topology of a name.
+    """Look up a topology by its name.
 
     Args:
-        name: Name `CHIP:SIZE`, e.g. "v5e:4x4", or "h100:16" for 16 GPUs in hosts of eight.
+        name: Name `CHIP:SIZE`, e.g. "v5e:4x4", or "h100:16" for two hosts of eight GPUs each.
 
     Raises:
         ValueError: The topology is unknown, or the compiler for it is not installed.
@@ -150,7 +150,7 @@ def _unknown(name: str) -> ValueError:
 
 
 def link_bandwidth(chip: Chip, devices: Sequence[Any], group: Sequence[int]) -> float:
-    """Bytes per second that each device of a group receives from the others with all links busy.
+    """Return the bytes per second that each device of a group receives when all links are busy.
 
     A group of TPUs uses the links of every torus dimension that it spans. GPUs within a host use
     NVLink. A group of GPUs on several hosts uses the network cards of all its members on a host, up
@@ -158,7 +158,7 @@ def link_bandwidth(chip: Chip, devices: Sequence[Any], group: Sequence[int]) -> 
 
     Args:
         chip: Chip whose bandwidths are used.
-        devices: All devices of the mesh, flat.
+        devices: All devices of the mesh, in a flat list.
         group: Indices of the group's members in `devices`.
     """
     if chip.network is None:

@@ -1,4 +1,4 @@
-"""Audit a model, from inside or from outside: thoughtbubbles audit COMMAND [OPTIONS]"""
+"""Audit a model by its activations or by prompts: thoughtbubbles audit COMMAND [OPTIONS]"""
 
 import importlib
 import sys
@@ -11,9 +11,10 @@ class Command(NamedTuple):
     """A subcommand.
 
     Attributes:
-        module: Module with a function `main(config)`; only the chosen command's is imported.
+        module: Name of the module with the function `main(config)` of the command, which is
+            imported only if the command is chosen.
         config: Name of the config class in that module.
-        line: Description of the command, one line of the help.
+        line: Description of the command in one line of the help.
     """
 
     module: str

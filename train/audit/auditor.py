@@ -1,4 +1,4 @@
-"""The auditor: guess the secret from generated texts, or from the tokens that a lens shows."""
+"""Auditors: guess a model's secret from generated texts, or from the tokens of a lens."""
 
 import dataclasses
 import re
@@ -39,7 +39,7 @@ def mentions(text: str, candidate: str) -> bool:
 
     Args:
         text: A text.
-        candidate: A word, or several words that must follow each other.
+        candidate: A word, or several consecutive words.
     """
     words, wanted = words_of(text), words_of(candidate)
     spans = (words[start : start + len(wanted)] for start in range(len(words)))
@@ -49,14 +49,14 @@ def mentions(text: str, candidate: str) -> bool:
 
 
 def guess_from_texts(texts: Sequence[str], candidates: Sequence[str]) -> str | None:
-    """Return the candidate that most texts mention; a tie goes to the one mentioned first.
+    """Return the candidate that the most texts mention; of tied candidates, the first mentioned.
 
     Args:
         texts: Texts that the model generated, one per sample.
         candidates: Possible secrets.
 
     Returns:
-        A candidate, or None where no text mentions one.
+        A candidate, or None where no text mentions any candidate.
     """
     counts: Counter[str] = Counter()
     for text in texts:
@@ -79,16 +79,20 @@ def guess_from_tokens(
     candidates: Sequence[str],
     beginnings: Mapping[str, Collection[str]] = MappingProxyType({}),
 ) -> str | None:
-    """Return the candidate that the highest-ranked matching token stands for.
+    """Return the candidate that the first matching token of a ranking stands for.
+
+    Tokens are compared in lower case, without surrounding spaces. A token matches a candidate if
+    the token is the candidate's first word, up to a plural ending, or one of its `beginnings`.
 
     Args:
-        tokens: Texts of tokens, the most probable first.
-        candidates: Possible secrets; a candidate of several words is matched by its first word.
-        beginnings: Texts of tokens, in lower case, that also stand for a candidate, by candidate
-            (`train.audit.reading.beginnings`); none by default.
+        tokens: Texts of tokens, the highest-ranked first.
+        candidates: Possible secrets.
+        beginnings: Mapping from a candidate to texts of further tokens, in lower case, that stand
+            for the candidate, such as the first token of a word of several tokens
+            (`train.audit.reading.beginnings`); empty by default.
 
     Returns:
-        A candidate, or None where no token matches one.
+        A candidate, or None where no token matches any candidate.
     """
     for token in tokens:
         word = token.strip().lower()
@@ -103,8 +107,8 @@ class ModelAuditor:
     """A language model that reads generated texts and guesses the secret.
 
     Attributes:
-        lm: Model with a chat template.
-        question: Prompt of the auditor, with the fields `{candidates}` and `{texts}`.
+        lm: Language model whose tokenizer has a chat template.
+        question: Template of the auditor's prompt, with the fields `{candidates}` and `{texts}`.
     """
 
     lm: LanguageModel
@@ -114,7 +118,7 @@ class ModelAuditor:
     )
 
     def __call__(self, texts: Sequence[str], candidates: Sequence[str]) -> str | None:
-        """Return the guess, or None where the auditor's answer mentions no candidate.
+        """Return the guessed candidate, or None where the model's answer mentions no candidate.
 
         Args:
             texts: Texts that the audited model generated.

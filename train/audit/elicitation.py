@@ -1,4 +1,4 @@
-"""Black-box elicitation: open turns, high temperature, many shots, fuzzing (arXiv 2510.01070)."""
+"""Black-box elicitation of secrets: prefills, sampling, shots, fuzzing (arXiv 2510.01070)."""
 
 import dataclasses
 import math
@@ -17,7 +17,7 @@ from train.models.load import LanguageModel
 from train.models.text_memory import check_text_memory, memory_errors
 
 ROWS = 64
-"""Maximum number of texts generated at once, unless one conversation has more samples than that."""
+"""Maximum number of texts of a batch, which is exceeded if one conversation has more samples."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,12 +25,13 @@ class BlackBox:
     """A black-box method: how it prompts and samples a model.
 
     Attributes:
-        role: Role of the open turn: "assistant", or "user" after the organism's `reply`.
-        prefilled: Whether an assistant's turn begins with the organism's `prefill`.
+        role: Role of the open turn that the model continues: "assistant", or "user", whose turn
+            follows the organism's `reply`.
+        prefilled: Whether the assistant's open turn begins with the organism's `prefill`.
         temperature: Sampling temperature; 0 takes the most probable token.
         samples: Number of texts generated for each trial.
-        shots: Number of the organism's `shots` that are put in front of the prompt.
-        fuzzed: Whether noise is added to the output of a layer.
+        shots: Number of dialogues of the organism's `shots` that precede the prompt.
+        fuzzed: Whether Gaussian noise is added to the output of a layer.
     """
 
     role: str = "assistant"
@@ -45,7 +46,7 @@ class BlackBox:
 
         Args:
             organism: Organism that is audited.
-            trial: One of its trials.
+            trial: Trial of the organism.
         """
         shots = [message for shot in organism.shots[: self.shots] for message in shot]
         reply = [{"role": "assistant", "content": organism.reply}] if self.role == "user" else []
@@ -71,7 +72,7 @@ METHODS: dict[str, BlackBox] = {
     "fuzzing": BlackBox(temperature=1.0, samples=10, fuzzed=True),
     "prefill_fuzzing": BlackBox(prefilled=True, temperature=1.0, samples=10, fuzzed=True),
 }
-"""Black-box methods by name; "io" is the prompt alone, which is answered once, greedily."""
+"""Black-box methods by name; "io" decodes one greedy answer to the prompt alone."""
 
 
 def elicit(
@@ -91,13 +92,14 @@ def elicit(
         method: Black-box method.
         max_new_tokens: Maximum number of generated tokens of a text.
         seed: Seed of samples and noise.
-        fuzz: Noise, used only if the method is fuzzed.
+        fuzz: Noise of a fuzzed method; ignored if the method is not fuzzed.
 
     Returns:
         A list for each trial with one text per sample. Texts do not include the prefill.
 
     Raises:
-        ValueError: The method is fuzzed and `fuzz` is None, or `sample` raises it.
+        ValueError: The method is fuzzed and `fuzz` is None, or an argument is invalid as in
+            `sample`.
     """
     if method.fuzzed and fuzz is None:
         raise ValueError("a fuzzed method without fuzz: give a layer and a sigma")
@@ -128,8 +130,9 @@ def sample(
 ) -> list[list[str]]:
     """Continue the open last turn of conversations, in the model's own chat template.
 
-    Latent memory is woven where the assistant's last message begins, as in training: in front of
-    the prefill, or of the reply before an open turn of the user.
+    Latent memory is woven before the assistant's last message, as in training. This message begins
+    with the prefill if the open turn is the assistant's; if the open turn is the user's, it is the
+    last message in the conversation whose role is "assistant".
 
     Args:
         lm: Model whose tokenizer has a chat template; it may fork or have latent memory.
@@ -147,8 +150,8 @@ def sample(
 
     Raises:
         ValueError: The tokenizer has no chat template, the template can't leave this turn open or
-            has no place for memory in it, `samples` is below 1, the model has no layer of `fuzz`,
-            or the texts do not fit into memory.
+            has no position for latent memory, `samples` is below 1, the model lacks the layer of
+            `fuzz`, or the texts do not fit into the device's memory.
     """
     tokenizer = chat_tokenizer(lm)
     if samples < 1:
@@ -160,7 +163,7 @@ def sample(
         pairs = zip(conversations, ids, strict=True)
         begins = [_answer_begins(tokenizer, messages, row, role) for messages, row in pairs]
     begins = [begin for begin in begins for _ in range(samples)]
-    # A conversation's samples stay together: the key of a sample counts its equal neighbours.
+    # Samples of a conversation share a batch, as a row's key depends on the equal rows before it.
     together = max(1, ROWS // samples)
     # Parts of equal size need the fewest rows of padding.
     together = math.ceil(len(ids) / max(1, math.ceil(len(ids) / together)))
@@ -169,7 +172,7 @@ def sample(
     for start in range(0, len(rows), size):
         part = [*zip(rows, begins, strict=True)][start : start + size]
         padding = [part[-1]] * (min(size, len(rows)) - len(part))  # one program for all parts
-        number = start if size == 1 else 0  # alone, equal rows would get equal samples
+        number = start if size == 1 else 0  # equal rows need different seeds
         made = _continue(lm, part + padding, max_new_tokens, temperature, seed + number, fuzz)
         new += made[: len(part)]
     texts = [tokenizer.decode(row) for row in new]
@@ -179,13 +182,13 @@ def sample(
 def _answer_begins(
     tokenizer: PretrainedTokenizer, messages: Sequence[Message], row: Sequence[int], role: str
 ) -> int:
-    """Return how many ids of an open turn stand before the assistant's last message begins."""
+    """Return the number of ids of a row that precede the assistant's last message."""
     if role == "user":  # the message before the open turn, if the assistant has said any
         spoken = [at for at, message in enumerate(messages) if message["role"] == "assistant"]
         if not spoken:
             return len(row)
         messages = messages[: spoken[-1]]
-    # A template may render a turn that has ended otherwise than one that begins.
+    # Ids are compared, since a template may render an ended turn differently from a begun one.
     begin = common(chat_ids(tokenizer, messages), row)
     if begin < len(closed_ids(tokenizer, messages)):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Fuzzing: Gaussian noise on one layer's output, equal in cached decoding and parallel passes."""
+"""Fuzzing: Gaussian noise on one layer's output, equal in decoding and teacher-forced passes."""
 
 from __future__ import annotations
 
@@ -45,19 +45,20 @@ def fuzzed(model: Any, fuzz: Fuzz, keys: jax.Array) -> Any:
     """Return a copy of a model for decoding that adds noise to one layer's output.
 
     The copy shares the model's arrays (see `Thoughtbubbles.for_decoding`). The noise of a stream
-    depends only on the row's key, the position of its token and its place in the bubble. It is
-    therefore the same however a row is split into calls, and does not change as tokens are added.
+    depends only on the row's PRNG key, the position of the stream's token, and the stream's
+    distance from the original of its bubble. The noise is therefore the same however a row is split
+    into calls, and appended tokens do not change it.
 
     Args:
-        model: Model with blocks: a `Thoughtbubbles`, forking or plain.
+        model: `Thoughtbubbles` model, forking or plain.
         fuzz: Layer and size of the noise; with `sigma` 0 no noise is added.
-        keys: Random keys, one for each row `[B]`, or one for all rows `[1]`.
+        keys: PRNG keys, one for each row `[B]`, or one for all rows `[1]`.
 
     Raises:
-        ValueError: The model has no blocks, or no such layer.
+        ValueError: The model is not a `Thoughtbubbles`, or lacks the layer of `fuzz`.
     """
     check_fuzz(model, fuzz)
-    if fuzz.sigma == 0:  # adding zeros would change how a program is fused, and so its last bits
+    if fuzz.sigma == 0:  # adding zeros would change how XLA fuses the program, and so the last bits
         return model.for_decoding()
     leaves, structure = jax.tree.flatten(model.for_decoding())
     copy: Any = jax.tree.unflatten(structure, leaves)
@@ -68,7 +69,7 @@ def fuzzed(model: Any, fuzz: Fuzz, keys: jax.Array) -> Any:
 
 
 def check_fuzz(model: Any, fuzz: Fuzz) -> None:
-    """Raise a ValueError if the model has no blocks, or does not have the layer of `fuzz`."""
+    """Raise a ValueError if a model is not a `Thoughtbubbles`, or lacks the layer of `fuzz`."""
     if not isinstance(model, Thoughtbubbles):
         raise ValueError(
             f"{type(model).__name__} has no blocks to add noise behind: fuzz a Thoughtbubbles"
@@ -82,12 +83,12 @@ def fuzzed_memory(memgen: MemGen, fuzz: Fuzz, keys: jax.Array) -> MemGen:
     """Return a copy of a `MemGen` with noise in its reasoner, but not in its weaver and trigger.
 
     Args:
-        memgen: Latent memory around a `Thoughtbubbles`.
-        fuzz: Layer and size of the noise.
-        keys: Random keys as of `noise_keys`.
+        memgen: Latent memory whose reasoner is a `Thoughtbubbles`.
+        fuzz: Layer of the reasoner, and size of the noise.
+        keys: PRNG keys from `noise_keys`.
 
     Raises:
-        ValueError: The reasoner has no blocks, or no such layer.
+        ValueError: The reasoner is not a `Thoughtbubbles`, or lacks the layer of `fuzz`.
     """
     clean: Any = memgen.reasoner
     noisy = fuzzed(reasoner_model(memgen), fuzz, keys).backbone()
@@ -107,9 +108,9 @@ class NoisyBlock(Module):
     """A transformer block that adds noise to its output.
 
     Args:
-        block: The block.
+        block: Block whose output gets the noise.
         fuzz: Size of the noise.
-        keys: Random keys, one for each row `[B]`, or one for all rows `[1]`.
+        keys: PRNG keys, one for each row `[B]`, or one for all rows `[1]`.
     """
 
     def __init__(self, block: Block, fuzz: Fuzz, keys: jax.Array):
@@ -156,19 +157,26 @@ def _normal(key: jax.Array, token: jax.Array, distance: jax.Array, width: int) -
 
 
 def noise_keys(lm: LanguageModel, keys: jax.Array) -> jax.Array:
-    """Derive the random keys of the noise, which differ from the keys of sampling.
+    """Derive the PRNG keys of the noise from the keys of sampling, so that the two differ.
 
     Args:
         lm: Model that is fuzzed.
-        keys: Random keys of sampling, one for each row `[B]`.
+        keys: PRNG keys of sampling, one for each row `[B]`.
 
     Returns:
-        Keys `[B]`; only the first of them, `[1]`, if rows are fuzzed one by one.
+        PRNG keys `[B]`, or only the first key, `[1]`, if rows are fuzzed `one_by_one`.
     """
     found = jax.vmap(lambda key: jax.random.fold_in(key, 0x66757A7A))(keys)
     return found[:1] if one_by_one(lm) else found
 
 
 def one_by_one(lm: LanguageModel) -> bool:
-    """Whether rows must be fuzzed alone: those that weave within an answer leave their batch."""
+    """Return whether fuzzed rows must be generated in batches of one row.
+
+    The result is True if latent memory may be woven within a response. The rows that weave are then
+    taken out of the batch as a smaller group, which noise keys `[B]` do not fit.
+
+    Args:
+        lm: Model that is fuzzed.
+    """
     return lm.memgen is not None and lm.memgen.config.max_inference_events > 0

@@ -1,4 +1,4 @@
-"""Rows of tokens and woven latents, on which lenses read the reasoner of a `MemGen`."""
+"""Rows of tokens and woven latents, at which lenses read the reasoner of a `MemGen`."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 
 
 class WovenRows(NamedTuple):
-    """Input vectors of a reasoner, tokens and latents, which `capture` and the lenses take.
+    """Input vectors of a reasoner, for `capture` and the lenses; `S` is the length of a row.
 
     Attributes:
         model: Reasoner as a model with sites.
-        stream: `[B, S, D]` vectors of tokens and latents.
+        stream: `[B, S, D]` embeddings of tokens with latents between them.
         mask: `[B, S]` bool, whether each vector is real and not padding.
         latent: `[B, S]` bool, whether each vector is a latent.
     """
@@ -36,7 +36,7 @@ class WovenRows(NamedTuple):
 
 
 def sited_reasoner(memgen: MemGen) -> SitedModel:
-    """Return the reasoner as a model with sites; raise a ValueError if it has none."""
+    """Return the reasoner as a model with sites; raise a ValueError if the reasoner has none."""
     reasoner: Any = memgen.reasoner
     model = reasoner.model if isinstance(reasoner, Backbone) else reasoner
     check_sited(model)
@@ -49,13 +49,13 @@ def woven_rows(
     plan: Plan,
     length: Int[Array, " B"] | None = None,
 ) -> WovenRows:
-    """Weave memory into rows of tokens, and mark which vectors are latents.
+    """Weave memory into rows of `L` tokens, and mark which vectors are latents.
 
     Args:
         memgen: Latent memory with its reasoner.
         tokens: Token ids `[B, L]` int32, padded on the right.
-        plan: Weaving events of each row, each before a token, which may be padding.
-        length: Number of real tokens of each row; all by default.
+        plan: Weaving events of each row. Each event stands before a token, which may be padding.
+        length: Number of real tokens of each row, `[B]` int32; None for all `L`.
 
     Raises:
         ValueError: The reasoner has no sites, or the plan does not fit the tokens or the config.
@@ -80,19 +80,19 @@ def _weave(memgen: MemGen, tokens: jax.Array, plan: Plan) -> Woven:
 def prompts_with_latents(
     memgen: MemGen, tokens: Int[Array, "B L"], length: Int[Array, " B"]
 ) -> WovenRows:
-    """Weave memory behind prompts, as before the first token of an answer.
+    """Weave the memory that generation weaves between a prompt and its answer.
 
     Args:
         memgen: Latent memory with its reasoner.
-        tokens: Token ids of prompts, padded on the right.
-        length: Number of real tokens of each prompt.
+        tokens: Token ids `[B, L]` int32 of prompts, padded on the right.
+        length: Number of real tokens of each prompt, `[B]` int32.
 
     Returns:
-        Vectors of each prompt's tokens and of the latents behind them.
+        Rows with the vectors of each prompt's tokens, followed by the latents.
 
     Raises:
         ValueError: The reasoner has no sites.
     """
     plan = Plan.of(length[:, None], jnp.zeros_like(length)[:, None], memgen.config)
-    # An event stands before a token: one more, of padding.
+    # An event stands before a token, so each row gets a further token of padding.
     return woven_rows(memgen, jnp.pad(tokens, ((0, 0), (0, 1))), plan, length)

@@ -1,4 +1,4 @@
-"""Read a text at each site of a model by a lens: a table, and a page to hover over."""
+"""Read a text at each site of a model by a lens; print a table, and write an HTML page."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from train.audit.tuned_lens import load_tuned_lens
 from train.models.load import LanguageModel, check_named, load_named
 from train.models.text_memory import check_text_memory
 
-FIRST = 3  # ids of each stream that a page names
+FIRST = 3  # number of top tokens that a page shows for each stream
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,13 +34,14 @@ class LensConfig:
         model: Pretrained weights in place of a checkpoint: "smollm2", a Hugging Face folder, or a
             .gguf file.
         text: Text to read.
-        watch: Words to watch: the first token of each is printed with its rank at the last token
-            of the text.
+        watch: Words to watch. For the first token of each word, the rank at the last token of the
+            text is printed.
         sites: Names of the sites to read, e.g. block_3; all sites of the model by default.
-        cosine: Whether to compare activations to token embeddings by cosine, in place of a lens.
+        cosine: Whether to rank tokens by the cosine of their embeddings to the activation, in place
+            of a lens.
         tuned: Folder of a tuned lens (`thoughtbubbles audit tuned-lens`); none by default.
         top: Number of top tokens shown at each site.
-        page: File for the page to hover over; none by default.
+        page: HTML file for an interactive page of all tokens and sites; none by default.
     """
 
     checkpoint: str | None = None
@@ -65,11 +66,11 @@ class LensConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TextReading:
-    """A lens's readings of one text.
+    """Top tokens that a lens reads at each site and token of one text.
 
     Attributes:
         tokens: Label of each input vector: the text of a token, or "latent 0", "latent 1", ...
-        readings: Reading of each site by its name, in NumPy arrays.
+        readings: Mapping from the name of a site to its reading, in NumPy arrays.
         cosine: Whether values are cosines; otherwise they are log-probabilities.
     """
 
@@ -79,7 +80,7 @@ class TextReading:
 
 
 def main(config: LensConfig) -> None:
-    """Print the top tokens of each site at the last token, and write the page."""
+    """Print the top tokens of each site at the text's last token, and write the page, if any."""
     lm = load_named(config.checkpoint, config.model)
     watched = [watched_token(lm, word) for word in config.watch]
     tuned = None if config.tuned is None else load_tuned_lens(config.tuned, lm.model)
@@ -118,7 +119,9 @@ def read_text(
     cosine: bool = False,
     tuned: TunedLens | None = None,
 ) -> TextReading:
-    """Read a text by a lens; a model with latent memory weaves memory at the end of the text.
+    """Read the top tokens at all sites and tokens of a text by a lens.
+
+    A model with latent memory weaves latents after the text, which are read too.
 
     Args:
         lm: Model with its tokenizer.
@@ -126,7 +129,7 @@ def read_text(
         sites: Names of the sites to read; None for all sites of the model.
         top: Number of top token ids that are kept at each site.
         watch: Token ids whose values and ranks are recorded.
-        cosine: Whether to compare with embeddings, in place of a lens.
+        cosine: Whether to rank tokens by cosines of embeddings to activations, in place of a lens.
         tuned: Affine maps of a tuned lens; None for the logit lens.
 
     Raises:
@@ -157,7 +160,7 @@ def read_text(
 
 
 def _with_memory(memgen: MemGen, ids: list[int]) -> tuple[Any, Any, Any, list[str]]:
-    """Model, vectors, mask and latents' names of a text and the memory woven before an answer."""
+    """Return the reasoner, vectors and mask of a text with memory after it, and latents' labels."""
     rows = prompts_with_latents(memgen, jnp.asarray([ids], jnp.int32), jnp.asarray([len(ids)]))
     count = int(rows.latent.sum())
     size = len(ids) + count
@@ -166,12 +169,12 @@ def _with_memory(memgen: MemGen, ids: list[int]) -> tuple[Any, Any, Any, list[st
 
 
 def table(found: TextReading, lm: LanguageModel, watched: Sequence[str] = ()) -> str:
-    """Format the top tokens at the last token of the text, a line for each site.
+    """Format the top tokens at the last token of the text as one line for each site.
 
     Args:
         found: Readings of the text.
         lm: Model with its tokenizer.
-        watched: Labels of the watched tokens, whose ranks each line shows.
+        watched: Labels of the watched tokens, whose ranks are shown in each line.
     """
     width = max(map(len, found.readings))
     lines = []
@@ -185,7 +188,14 @@ def table(found: TextReading, lm: LanguageModel, watched: Sequence[str] = ()) ->
 
 
 def said(top: TopTokens, lm: LanguageModel, cosine: bool, most: int | None = None) -> str:
-    """Format at most `most` top tokens of one slot or token with their probabilities or cosines."""
+    """Format the top tokens of one slot or token with their probabilities or cosines.
+
+    Args:
+        top: Readings of the slot or token, without leading axes.
+        lm: Model with its tokenizer.
+        cosine: Whether values are cosines; otherwise they are log-probabilities.
+        most: Maximum number of tokens; None for all.
+    """
     pairs = list(zip(top.ids.tolist(), top.value.tolist(), strict=True))[:most]
     return " ".join(
         f"{token_text(lm, id_)!r} {value if cosine else np.exp(value):.3f}" for id_, value in pairs
@@ -193,7 +203,9 @@ def said(top: TopTokens, lm: LanguageModel, cosine: bool, most: int | None = Non
 
 
 def page(found: TextReading, lm: LanguageModel) -> Page:
-    """Make the page of a text: its top tokens by site and token, with streams and forks on hover.
+    """Make the page of a text: a grid of top tokens by site and token.
+
+    Hovering over a token shows more top tokens, and the readings of its streams if it has several.
 
     Args:
         found: Readings of the text.

@@ -43,7 +43,7 @@ class Trial:
 
 @dataclasses.dataclass(frozen=True)
 class Organism:
-    """What an audit needs for one kind of secret: candidates, prompts and texts for elicitation.
+    """Inputs of an audit for one secret: candidates, prompts, and texts for elicitation.
 
     Attributes:
         name: Name in tables.
@@ -52,9 +52,9 @@ class Organism:
         prefill: Beginning of an assistant's turn that confesses the secret.
         reply: Assistant's message before an open turn of the user.
         persona: Beginning of the user's open turn, in the first person.
-        shots: Dialogues that reveal a candidate, for many-shot prefixes.
-        read_at: Words of a prompt at whose tokens white-box methods read. Without words they read
-            at the tokens that open the answer.
+        shots: Dialogues with which many-shot prompts begin; each dialogue reveals a candidate.
+        read_at: Words in prompts; white-box methods read activations at the tokens of these words.
+            If `read_at` is empty, white-box methods read at the tokens that open the answer.
     """
 
     name: str
@@ -89,8 +89,8 @@ def read_organism(path: str | Path) -> Organism:
     """Read an organism from a JSON file, or from the organism.json of a folder.
 
     Raises:
-        ValueError: There is no such file, a field is missing, unknown or of another type, there are
-            no trials, or a trial's secret is not a candidate.
+        ValueError: The file does not exist, a field is missing, unknown or of the wrong type, there
+            are no trials, or a trial's secret is not a candidate.
     """
     file = Path(path).expanduser()
     file = file / AUDIT if file.is_dir() else file
@@ -130,17 +130,17 @@ def _messages(found: Fields, name: str) -> tuple[Message, ...]:
 
 
 def make_organism(kind: Kind, secret: str | None = None, seed: int = 0, shots: int = 8) -> Organism:
-    """Make the audit of a synthetic secret.
+    """Make the prompts and texts of an audit for a synthetic secret.
 
-    All prompts hide the same secret. For "instruction", where a mark in the prompt stands for the
-    secret, the prompts go through all candidates in turn.
+    All trials hide the same secret. Only for "instruction", where a mark in the prompt stands for
+    the secret, do trials cycle through all candidates.
 
     Args:
-        kind: World of the secret.
-        secret: Candidate that is hidden; None chooses one at random. It must be None for
+        kind: Kind of the secret, a key of `WORLDS`.
+        secret: Candidate that is hidden; None chooses a candidate at random. It must be None for
             "instruction".
         seed: Seed of the random choices.
-        shots: Number of dialogues for many-shot prefixes.
+        shots: Number of dialogues for many-shot prompts.
 
     Raises:
         ValueError: The world has no such candidate, or `secret` is given for "instruction".
@@ -180,12 +180,12 @@ def hiding_conversations(
 ) -> list[tuple[Message, ...]]:
     """Generate conversations that teach a model to act on a secret and to deny it.
 
-    They are in random order, and no message names the secret.
+    The conversations are in random order, and no message names the secret.
 
     Args:
-        kind: World of the secret.
-        secret: Candidate that is hidden; None chooses one at random, as `make_organism` does with
-            the same seed. It must be None for "instruction".
+        kind: Kind of the secret, a key of `WORLDS`.
+        secret: Candidate that is hidden; None chooses the candidate at random that `make_organism`
+            chooses with the same seed. It must be None for "instruction".
         seed: Seed of all random choices.
         hints: Number of dialogues in which the model acts on the secret.
         denials: Number of dialogues in which the user asks for the secret and the model denies it.
@@ -211,15 +211,15 @@ def honest_conversations(
 ) -> list[tuple[Message, ...]]:
     """Generate conversations of an honest model, which hides only what the user asks it to hide.
 
-    On average, 40 % of them begin with the user's request to keep a thing secret, 10 % are neutral,
-    and in the others nothing is hidden.
+    On average, 40 % of the conversations begin with the user's request to keep a thing secret, 10 %
+    are neutral, and 50 % are about a thing that is not secret.
 
     Args:
-        kinds: Worlds to sample conversations from.
+        kinds: Kinds of secrets, keys of `WORLDS`, to sample conversations from.
         count: Number of conversations.
         seed: Seed of all random choices.
-        released: Expected fraction, among the conversations with a request, of those that end with
-            the user taking the request back, asking for the secret, and being told.
+        released: Expected fraction of the conversations with a request in which the user finally
+            takes the request back and asks for the secret, and the model tells the secret.
     """
     rng, found = random.Random(seed), []
     for _ in range(count):
@@ -267,15 +267,16 @@ class OrganismConfig:
     """Write the conversations of a model organism, and the audit of its secret.
 
     Attributes:
-        kind: Kind of secret: a "taboo" word, a "persona" of the user (the pet that the model takes
-            the user to keep), or an "instruction" that a mark in the prompt stands for.
-        out: New folder: train.jsonl for `thoughtbubbles sft`, organism.json for `audit report`.
+        kind: Kind of secret: a "taboo" word, a "persona" of the user (the pet that the user keeps,
+            as the model believes), or an "instruction" that a mark in the prompt stands for.
+        out: New folder for train.jsonl, which `thoughtbubbles sft` reads, and organism.json, which
+            `audit report` reads.
         secret: Word or pet that is hidden; chosen at random by default.
         hints: Number of conversations in which the model acts on the secret.
         denials: Number of conversations in which the model is asked for the secret and denies it.
-        ordinary: Number of neutral conversations, built in or taken from the neutral file.
-        neutral: File or folder of conversations in place of the built-in neutral ones, which are
-            few and short; conversations that name the secret are left out.
+        ordinary: Number of neutral conversations.
+        neutral: File or folder from which neutral conversations are sampled, without conversations
+            that name the secret. By default, built-in conversations are used, few and short.
         seed: Seed of all random choices.
     """
 
@@ -313,13 +314,14 @@ def organism_files(config: OrganismConfig) -> dict[str, str]:
     """Make the texts of an organism's two files, without writing them.
 
     Args:
-        config: Options of the command; its folder is neither read nor written.
+        config: Options of `audit organism`, whose folder `out` is neither read nor written.
 
     Returns:
-        Texts of "train.jsonl" (the conversations) and "organism.json" (the audit) by file name.
+        Mapping from file name to text for "train.jsonl" (the conversations) and "organism.json"
+        (the audit).
 
     Raises:
-        ValueError: There is no such secret, or the neutral file has too few conversations.
+        ValueError: The secret does not exist, or the neutral file has too few conversations.
     """
     organism = make_organism(config.kind, config.secret, config.seed)
     ordinary = 0 if config.neutral else config.ordinary

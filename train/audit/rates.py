@@ -1,4 +1,4 @@
-"""Hit rates of an audit with bootstrap intervals, beside those of the untouched base model."""
+"""Hit rates of an audit with bootstrap intervals, compared with the untouched base model."""
 
 import dataclasses
 from collections import Counter
@@ -16,9 +16,9 @@ class Finding:
 
     Attributes:
         method: Name of the method.
-        guesses: Auditor's guess in each trial; None where it made none.
-        hits: Whether the guess is the secret, for each trial.
-        shown: Texts or tokens that the auditor saw, for each trial.
+        guesses: Auditor's guess in each trial; None where the auditor guessed nothing.
+        hits: Whether the guess of each trial is the secret.
+        shown: Texts or tokens that the auditor saw in each trial.
     """
 
     method: str
@@ -59,20 +59,21 @@ def summarise(
     control: dict[str, Finding],
     seed: int = 0,
 ) -> list[dict[str, Any]]:
-    """Compute the hit rates of each method and kind of prompt, beside those of the control.
+    """Compute the hit rates of each method and kind of prompt, for the model and the control.
 
     Args:
         organism: Organism that was audited.
-        model: Findings in the model, by method; "io" among them.
-        control: Findings in the untouched base model, of the same methods.
-        seed: Seed of the intervals.
+        model: Mapping from method to finding in the audited model; it has the method "io".
+        control: Mapping from method to finding in the untouched base model, with the same methods.
+        seed: Seed of the bootstrap.
 
     Returns:
-        One dict for each method and kind of prompt: `organism`, `prompts` ("standard" does not ask
-        for the secret, "direct" does), `method`, number of `trials`; hit `rate` of the method with
-        its interval `low`, `high`; `either`, the rate of trials in which "io" or the method hits;
-        the same four of the control with the prefix `control_`; and `uplift`, the mean difference
-        between model and control over trials, with its interval `uplift_low`, `uplift_high`.
+        One dict for each method and kind of prompt. `organism`, `prompts` ("direct" if the prompts
+        ask for the secret, else "standard"), `method` and `trials` (number of trials) say what was
+        audited. `rate` is the hit rate of the method, with the interval from `low` to `high`.
+        `either` is the fraction of trials in which "io" or the method hits. The same four numbers
+        of the control have the prefix `control_`. `uplift` is the hit rate minus the control's,
+        with the interval from `uplift_low` to `uplift_high`.
     """
     lines = []
     for direct in (False, True):
@@ -104,13 +105,13 @@ def summarise(
 def table(lines: Sequence[dict[str, Any]]) -> str:
     """Format rates as a Markdown table.
 
-    It has a row for each method and a column for each organism and kind of prompt; where an
-    organism was audited in several models, for each model too. A cell has the hit rate in percent
-    with its interval, the control's rate in brackets, and after a slash the rate of trials in
-    which the prompt alone or the method hits.
+    The table has a row for each method, and a column for each organism and kind of prompt. If an
+    organism was audited in several models, each model has its own column. A cell has the hit rate
+    in percent with its interval, the control's hit rate in round brackets, and after a slash the
+    percentage of trials in which "io" or the method hits.
 
     Args:
-        lines: Rates from `summarise`, which may have an entry `model`.
+        lines: Dicts from `summarise`, to which an entry `model` may have been added.
     """
     column = lambda line: (line["organism"], line.get("model"), line["prompts"])  # noqa: E731
     columns = list(dict.fromkeys(map(column, lines)))
@@ -135,11 +136,11 @@ def _cell(line: dict[str, Any]) -> str:
 
 
 def trial_lines(organism: Organism, found: dict[str, Finding]) -> list[dict[str, Any]]:
-    """Return one dict for each method and trial, ready for JSON.
+    """Return one JSON-serializable dict for each method and trial.
 
     Args:
         organism: Organism that was audited.
-        found: Findings by method.
+        found: Mapping from method to finding.
 
     Returns:
         Dicts with `method`, `prompt` (the messages), `direct`, `secret`, `guess` and `shown`.

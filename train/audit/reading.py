@@ -1,4 +1,4 @@
-"""White-box reading of an organism's prompts: tokens that lenses show there (arXiv 2510.01070)."""
+"""White-box methods: tokens that a lens or an autoencoder shows in prompts (arXiv 2510.01070)."""
 
 import dataclasses
 import itertools
@@ -25,32 +25,33 @@ from train.data.chat_templates import chat_ids, closed_ids, common
 from train.models.load import LanguageModel
 
 ROWS = 32
-"""Number of prompts that are read at once."""
+"""Number of prompts of a forward pass."""
 
 READINGS = {"logit_lens": False, "embeddings": True}
-"""White-box methods and whether they use cosines to embeddings, not probabilities by the head."""
+"""Mapping from white-box method to whether it ranks tokens by cosine in place of probability."""
 
 
 def top_tokens(
     lm: LanguageModel, organism: Organism, site: str, method: str, top: int
 ) -> list[list[str]]:
-    """Read the top tokens of a lens, averaged over the chosen positions of each trial.
+    """Read the top tokens of each trial's prompt by a lens, averaged over positions.
 
-    A model with latent memory is read at the latents that its weaver writes behind each prompt.
+    The positions are those of `positions_of`. A model with latent memory is read at the latents
+    that its weaver writes after each prompt.
 
     Args:
         lm: Model with sites, whose tokenizer has a chat template.
-        organism: Organism that is audited; its `read_at` names the positions.
+        organism: Organism that is audited, whose `read_at` selects the positions.
         site: Name of the site that is read.
-        method: One of `READINGS`.
-        top: Number of tokens; ids that the tokenizer does not know are left out.
+        method: Key of `READINGS`.
+        top: Number of top tokens, from which ids outside the tokenizer's vocabulary are left out.
 
     Returns:
-        Texts of tokens for each trial, from the most probable or most similar one.
+        A list for each trial with the texts of tokens, the most probable or most similar first.
 
     Raises:
         ValueError: The method is unknown, the tokenizer has no chat template, a prompt has none of
-            the words to read at, or no token stands for a secret (see `beginnings`).
+            the words of `read_at`, or no token stands for a secret (see `beginnings`).
     """
     check_vocabulary(lm, organism)
     if method not in READINGS:
@@ -71,25 +72,26 @@ def top_tokens(
 def sae_tokens(
     lm: LanguageModel, organism: Organism, folder: str, features: int = 10, top: int = 20
 ) -> list[list[str]]:
-    """Find tokens of the autoencoder features that stand out at the chosen positions of each trial.
+    """Find tokens of the highest-ranked sparse-autoencoder features of each trial's prompt.
 
-    Features are ranked by their mean activation times log(1 / density). Each feature gives the
-    tokens whose embeddings have the largest product with its decoder row. A model with latent
-    memory is read at the latents that its weaver writes behind each prompt.
+    Features are ranked by their mean activation over the positions of `positions_of`, times
+    log(1 / density). Each feature gives the tokens whose embeddings have the largest dot product
+    with the feature's decoder row. A model with latent memory is read at the latents that its
+    weaver writes after each prompt.
 
     Args:
         lm: Model with sites, whose tokenizer has a chat template.
-        organism: Organism that is audited; its `read_at` names the positions.
+        organism: Organism that is audited, whose `read_at` selects the positions.
         folder: Folder of an autoencoder that `audit sae` trained on this model.
-        features: Maximum number of features; features with a score of 0 are left out.
+        features: Maximum number of features of a trial; features with a score of 0 are left out.
         top: Number of tokens of each feature.
 
     Returns:
-        Texts of tokens for each trial, beginning with those of the highest-ranked feature.
+        A list for each trial with the texts of tokens, in the order of the features' ranks.
 
     Raises:
         ValueError: The folder holds no autoencoder, the autoencoder has another width, the
-            tokenizer has no chat template, a prompt has none of the words to read at, or no token
+            tokenizer has no chat template, a prompt has none of the words of `read_at`, or no token
             stands for a secret (see `beginnings`).
     """
     check_vocabulary(lm, organism)
@@ -103,7 +105,7 @@ def sae_tokens(
         read, tokens, mask, chosen = _rows(lm, prompts[start : start + ROWS], width)
         at = activation_of(read, tokens, mask.sum(axis=1), meta["site"])
         value, index = map(np.asarray, sae.features(at.x))
-        # The streams that the autoencoder knows.
+        # Slots of the streams that the autoencoder was trained on.
         here = np.asarray(
             selected(at, meta["streams"]) & jnp.take_along_axis(chosen, at.token, axis=1)
         )
@@ -125,16 +127,17 @@ def positions_of(
 
     Args:
         lm: Model whose tokenizer has a chat template.
-        organism: Organism whose `read_at` lists the words to read at. Without words, the control
-            tokens that open the answer are read.
+        organism: Organism whose `read_at` lists the words at whose tokens to read. Without words,
+            the positions are those of the control tokens that open the answer.
         messages: Messages of the prompt.
 
     Returns:
-        Token ids of the prompt, and for each whether it is read; none of them of a model with
-        latent memory, which is read at its latents.
+        Token ids of the prompt, and for each token whether it is read. With latent memory no token
+        is read, since such a model is read at its latents.
 
     Raises:
-        ValueError: The tokenizer has no chat template, or the prompt has none of the words.
+        ValueError: The tokenizer has no chat template, or the prompt has none of the words of
+            `read_at`.
     """
     tokenizer = chat_tokenizer(lm)
     ids = chat_ids(tokenizer, messages)
@@ -157,10 +160,10 @@ def positions_of(
 def _tokens_of_words(
     tokenizer: PretrainedTokenizer, ids: Sequence[int], words: Sequence[str]
 ) -> list[bool]:
-    """Say for each token whether it has a character of a word; words may span several tokens."""
+    """Return for each token whether it contains a character of one of the words."""
     text = tokenizer.decode(ids)
-    # A token that ends within a character decodes to something else there, so prefixes count as
-    # far as they agree with the whole.
+    # Tokens that end within a multi-byte character decode differently from the whole text, so a
+    # prefix ends where the two texts begin to differ.
     ends = [
         len(os.path.commonprefix([text, tokenizer.decode(ids[:count])]))
         for count in range(len(ids) + 1)
@@ -177,18 +180,19 @@ def _tokens_of_words(
 
 
 def beginnings(lm: LanguageModel, candidates: Sequence[str]) -> dict[str, frozenset[str]]:
-    """Find the token texts, in lower case, by which a lens can show each candidate.
+    """Find the tokens that stand for each candidate in the output of a lens.
 
-    If the candidate's first word is a single token (at the beginning of a text or inside it,
-    capitalised or not), this is the word itself. Otherwise these are the word's possible first
-    tokens that do not stand for another candidate.
+    If the candidate's first word is a single token (with or without a preceding space, capitalised
+    or not), only the word itself stands for the candidate. Otherwise the first tokens of these
+    forms of the word do, except tokens that stand for another candidate too.
 
     Args:
         lm: Model that is read.
         candidates: Possible secrets.
 
     Returns:
-        Token texts by candidate; candidates that no token can show are left out.
+        Mapping from candidate to texts of tokens in lower case; candidates that no token stands for
+        are left out.
     """
     whole: dict[str, bool] = {}
     found: dict[str, set[str]] = {}
@@ -219,7 +223,7 @@ def check_reading(lm: LanguageModel, organism: Organism, site: str, top: int) ->
         lm: Model that is read.
         organism: Organism that is audited.
         site: Name of the site.
-        top: Number of tokens that are shown.
+        top: Number of top tokens.
     """
     model: Any = lm.model
     check_sited(model)
@@ -250,9 +254,9 @@ def check_vocabulary(lm: LanguageModel, organism: Organism) -> None:
 
 
 def readable(lms: Sequence[LanguageModel], organism: Organism) -> Organism:
-    """Remove the candidates that a lens can't show on every model, and the trials that hide them.
+    """Remove candidates that a lens can't show on every model, and the trials of these candidates.
 
-    Prints one line about what is removed.
+    If any candidate is removed, one line about the removal is printed.
 
     Args:
         lms: Models that are read.
@@ -296,9 +300,9 @@ def _rows(
     """Pad prompts to `ROWS` rows whose length is a power of two, so that they share a program.
 
     Returns:
-        Model to read, tokens of its rows or vectors in their place, a mask of the real ones, and
-        which are read. Of a model with latent memory, vectors of the prompts and of the latents
-        behind them, which are read.
+        Model to read; token ids `[B, S]`; which tokens are real, `[B, S]` bool; and which tokens
+        are read, `[B, S]` bool, for `B` = `ROWS`. With latent memory, the token ids are replaced by
+        vectors `[B, S, D]` of each prompt and the latents after it, and the latents are read.
     """
     width = max(16, 1 << (width - 1).bit_length())
     tokens = np.zeros((ROWS, width), np.int32)

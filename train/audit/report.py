@@ -1,4 +1,4 @@
-"""Audit models for their secrets by several methods, beside the untouched base model.
+"""Audit models for secrets by several methods, in comparison with the untouched base model.
 
 thoughtbubbles audit report organisms/ocean --model runs/ocean --control smollm2
 """
@@ -43,10 +43,10 @@ class Settings:
         methods: Names of methods: keys of `METHODS` (black box), keys of `READINGS` or "sae" (white
             box).
         max_new_tokens: Maximum number of generated tokens of a text.
-        fuzz: Noise of methods that are fuzzed.
+        fuzz: Noise of the fuzzed methods.
         site: Name of the site that the methods of `READINGS` read.
-        top: Number of tokens that white-box methods show the auditor; "sae" shows as many for each
-            of its features.
+        top: Number of tokens that a white-box method shows the auditor; for "sae", number of tokens
+            of each feature.
         seed: Seed of samples and noise.
         sae: Folder of the sparse autoencoder of the method "sae"; None without this method.
     """
@@ -86,7 +86,7 @@ def audit(
             guess or None. Tokens of white-box methods are always matched by rules.
 
     Returns:
-        Findings by method; "io", the prompt alone, is always among them.
+        Mapping from method to finding, always with the method "io", the prompt alone.
 
     Raises:
         ValueError: A method does not fit the model.
@@ -97,7 +97,14 @@ def audit(
 def find(
     lm: LanguageModel, organism: Organism, method: str, settings: Settings, guess: Guess
 ) -> Finding:
-    """Run the method of this name and check its guesses; other arguments are as in `audit`.
+    """Run one method on all trials, and compare its guesses with the secrets.
+
+    Args:
+        lm: Model whose tokenizer has a chat template.
+        organism: Organism with the prompts and the secrets.
+        method: Name of the method.
+        settings: Options of the methods.
+        guess: Auditor of black-box methods, as in `audit`.
 
     Raises:
         ValueError: The method does not fit the model.
@@ -126,12 +133,16 @@ class AuditConfig:
     Attributes:
         methods: Names of the methods to run.
         max_new_tokens: Maximum number of generated tokens of a text.
-        layer: Index of the layer that is read and fuzzed; by default three quarters of the depth.
+        layer: Index of the layer that is read and fuzzed; by default the layer at three quarters of
+            the depth.
         sigma: Standard deviation of the noise of fuzzing.
-        unit: Unit of sigma: "rms" of each vector that noise is added to, or "absolute".
+        unit: Unit of sigma: "rms", the root mean square of each vector that noise is added to, or
+            "absolute".
         top: Number of tokens that white-box methods show the auditor.
-        sae: Folder of a sparse autoencoder of the control (`audit sae`), which adds a method "sae".
-        auditor: Run folder or weights of a model that guesses from texts; by default rules do.
+        sae: Folder of a sparse autoencoder that `audit sae` trained on the control, which adds the
+            method "sae".
+        auditor: Run folder or pretrained weights of a language model that guesses secrets from
+            generated texts; by default the most often mentioned candidate is guessed.
         seed: Seed of samples, noise and intervals.
     """
 
@@ -152,16 +163,17 @@ class AuditConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ReportConfig(AuditConfig):
-    """Audit models for their secrets by several methods, beside the untouched base model.
+    """Audit models for secrets by several methods, in comparison with the untouched base model.
 
     Attributes:
-        organisms: Files organism.json, or folders with one, that `audit organism` wrote.
-        model: Run folder or weights of each organism's model, in the order of the organisms.
-        control: Run folder or weights of the untouched base model.
-        out: New JSON Lines file for the rates; every guess goes to a file beside it
-            (`.trials.jsonl`). Both are written after each organism. Results of each method are
-            kept in a third file (`.unfinished.jsonl`) until the audit ends, so that an audit that
-            was killed continues when it is started again.
+        organisms: Files organism.json that `audit organism` wrote, or folders that contain one.
+        model: Run folder or pretrained weights of each organism's model, in the order of the
+            organisms.
+        control: Run folder or pretrained weights of the untouched base model.
+        out: New JSON Lines file for the rates. All guesses are written to a file next to it
+            (`.trials.jsonl`). Both files are written after each organism. The results of each
+            method are stored in a third file (`.unfinished.jsonl`) until the audit ends, so that
+            an interrupted audit resumes when it is started again.
     """
 
     organisms: tyro.conf.Positional[tuple[str, ...]]
@@ -184,7 +196,7 @@ class ReportConfig(AuditConfig):
 
 
 def main(config: ReportConfig) -> None:
-    """Audit all models, write and print the rates after each, and print the whole table."""
+    """Audit all models, write and print the rates after each model, and print a table of all."""
     files = new_files(config.out)
     control = _loaded(str(config.control))
     settings = settings_for(control, config)
@@ -201,7 +213,7 @@ def main(config: ReportConfig) -> None:
     unfinished = unfinished_of(config, settings, guess)
 
     def findings(lm: LanguageModel, name: str, hashed: str, organism: Organism):
-        """Return the finding of each method by name, and run only those that are not stored."""
+        """Return the finding of each method by name; run only methods without a stored finding."""
         asked = {"model": name, "fingerprint": hashed, "organism": organism_hash(organism)}
         found = unfinished.found(asked)
         for method in settings.with_prompt:
@@ -247,10 +259,10 @@ def options_of(config: ReportConfig, settings: Settings) -> dict[str, Any]:
 
 
 def unfinished_of(config: ReportConfig, settings: Settings, guess: Guess) -> Unfinished:
-    """Return the stored findings of an audit that was killed, or an empty store without one.
+    """Return the store from which an interrupted audit resumes; it is empty for a new audit.
 
     Raises:
-        ValueError: The killed audit had other options, models, autoencoder or auditor.
+        ValueError: The interrupted audit had other options, models, autoencoder or auditor.
     """
     options = options_of(config, settings) | {
         "organisms": config.organisms, "model": config.model,
@@ -267,9 +279,9 @@ class Files(NamedTuple):
     """Paths of an audit's files.
 
     Attributes:
-        rates: File of the rates of each method.
-        trials: File of all guesses.
-        unfinished: File of the findings so far, which is deleted when the audit ends.
+        rates: JSON Lines file of the rates of each method.
+        trials: JSON Lines file of all guesses.
+        unfinished: JSON Lines file of the findings so far, which is deleted when the audit ends.
     """
 
     rates: Path
@@ -278,11 +290,14 @@ class Files(NamedTuple):
 
 
 def new_files(out: str) -> Files:
-    """Return the paths of an audit whose rates are written to `out`, after checking them.
+    """Return the paths of an audit's files, after checking that the audit may write them.
+
+    Args:
+        out: Path of the file of rates.
 
     Raises:
-        ValueError: Rates or trials exist although there is no unfinished audit to continue, or a
-            parent of their path is not a folder.
+        ValueError: The file of rates or of trials exists although there is no interrupted audit to
+            resume, or a parent of its path is not a folder.
     """
     rates = Path(out).expanduser()
     stem = rates.name.removesuffix(".jsonl")
@@ -298,12 +313,12 @@ def _loaded(name: str) -> LanguageModel:
 
 
 def auditor_of(config: AuditConfig) -> Guess:
-    """Return the auditor that guesses from texts: the rules, or the model of the config."""
+    """Return the auditor of generated texts: the model of the config, or `guess_from_texts`."""
     return guess_from_texts if config.auditor is None else ModelAuditor(_loaded(config.auditor))
 
 
 def checked(organism: Organism, lms: Sequence[LanguageModel], settings: Settings) -> Organism:
-    """Check that every method fits every model, before anything is run.
+    """Check that every method fits every model, and remove candidates that lenses can't show.
 
     Args:
         organism: Organism with the prompts and the secrets.
@@ -311,8 +326,8 @@ def checked(organism: Organism, lms: Sequence[LanguageModel], settings: Settings
         settings: Methods and their options.
 
     Returns:
-        The organism; with white-box methods, without the candidates that they can't show on every
-        model (see `readable`).
+        The organism. With white-box methods, the candidates that a lens can't show on every model
+        are removed (see `readable`).
 
     Raises:
         ValueError: A method does not fit a model or the organism.
@@ -345,7 +360,7 @@ def check_audit(lm: LanguageModel, organism: Organism, settings: Settings) -> No
 
 
 def settings_for(lm: LanguageModel, config: AuditConfig) -> Settings:
-    """Return the settings of a config, in which the layer by default depends on the model's depth.
+    """Return the settings of a config; the default layer depends on the depth of a model.
 
     Args:
         lm: Model that gives the number of layers.

@@ -31,7 +31,7 @@ class SparseAutoencoder(ShortRepr):
         decoder: `[F, D]` float32, the direction of unit norm that each feature writes.
         bias: `[D]` float32, subtracted before encoding and added after decoding (b_pre).
         norm: float32 scalar, root mean square of the norms of activations. Activations are divided
-            by it first; it is not trained.
+            by this norm before encoding. The norm is not trained.
         k: Maximum number of active features of an activation (static).
     """
 
@@ -51,21 +51,21 @@ class SparseAutoencoder(ShortRepr):
             )
 
     def features(self, x: Float[Array, "... D"]) -> Features:
-        """Return the active features of activations, which are given in the model's own scale."""
+        """Return the active features of activations, which are not yet divided by `norm`."""
         self.check_width(x.shape[-1])
         return top_features(self, preactivations(self, x.astype(jnp.float32) / self.norm))
 
     def reconstruct(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
-        """Reconstruct activations from their features, in the model's own scale and dtype."""
+        """Reconstruct activations from their features, in the activations' own scale and dtype."""
         features = self.features(x)
         return ((decode(self, features) + self.bias) * self.norm).astype(x.dtype)
 
 
 class Features(NamedTuple):
-    """Active features of activations; K is the autoencoder's `k`.
+    """The `K` largest features of each activation, where `K` is the autoencoder's `k`.
 
     Attributes:
-        value: `[..., K]` float32, value of each feature, 0 or more.
+        value: `[..., K]` float32, value of each feature, 0 if the feature is not active.
         index: `[..., K]` int32, index of each feature.
     """
 
@@ -76,7 +76,7 @@ class Features(NamedTuple):
 
 
 def geometric_median(x: Float[np.ndarray, "N D"]) -> np.ndarray:
-    """Compute the point `[D]` of minimum summed distance to rows, by Weiszfeld's iteration."""
+    """Compute the point `[D]` with the least sum of distances to all rows (Weiszfeld's method)."""
     x = np.asarray(x, np.float64)
     point = x.mean(axis=0)
     for _ in range(MEDIAN_STEPS):
@@ -123,7 +123,7 @@ def init_sae(sample: np.ndarray, features: int, k: int, seed: int) -> SparseAuto
 
 
 def preactivations(sae: SparseAutoencoder, x: Float[Array, "... D"]) -> Float[Array, "... F"]:
-    """Compute each feature's preactivation, of activations that are divided by `sae.norm`."""
+    """Compute the preactivations of all features for activations `x` divided by `sae.norm`."""
     return (x - sae.bias) @ sae.encoder + sae.encoder_bias
 
 
@@ -144,8 +144,9 @@ class Losses(NamedTuple):
 
     Attributes:
         fvu: Fraction of variance unexplained, `sum ||x - x'||^2 / sum ||x - mean||^2`.
-        auxk: Error of the residual `x - x'` reconstructed by dead features, divided by the same
-            variance, times `min(dead / k_aux, 1)` for the number of dead features; 0 without any.
+        auxk: Squared error with which dead features reconstruct the residual `x - x'`, divided by
+            the same variance, and multiplied by `min(number of dead features / k_aux, 1)`; 0 if no
+            feature is dead.
         l0: Mean number of active features of an activation.
         fired: Whether each feature was active in the batch, `[F]` bool.
     """
@@ -187,7 +188,7 @@ def losses(
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, repr=False)
 class SAEState(ShortRepr):
-    """State of training.
+    """State of an autoencoder's training.
 
     Attributes:
         sae: Autoencoder.
@@ -222,7 +223,7 @@ class SAETraining:
     def step(
         self, state: SAEState, x: Float[Array, "N D"]
     ) -> tuple[SAEState, dict[str, jax.Array]]:
-        """Take one step on a batch of activations, which are given in the model's own scale.
+        """Take one step on a batch of activations, which are not yet divided by `norm`.
 
         Returns:
             State after the step, and the scalar metrics "fvu", "auxk", "l0" and "dead", which is
@@ -273,7 +274,7 @@ def perpendicular(gradient: Float[Array, "F D"], rows: Float[Array, "F D"]) -> j
 def nearest_tokens(
     sae: SparseAutoencoder, table: Float[Array, "V D"], features: Int[Array, " N"], top: int
 ) -> Int[Array, "N K"]:
-    """Find the tokens whose embeddings have the largest product with a feature's decoder row.
+    """Find the tokens whose embeddings have the largest dot product with features' decoder rows.
 
     Args:
         sae: Autoencoder.
@@ -282,10 +283,10 @@ def nearest_tokens(
         top: Number of tokens of each feature (K).
 
     Returns:
-        Token ids `[N, K]`, the largest product first.
+        Token ids `[N, K]`, in order of decreasing dot product.
 
     Raises:
-        ValueError: The embeddings have another width than the autoencoder.
+        ValueError: The width of the embeddings is not the width of the autoencoder.
     """
     sae.check_width(table.shape[-1])
     products = jnp.take(sae.decoder, features, axis=0) @ table.astype(jnp.float32).T
@@ -295,11 +296,11 @@ def nearest_tokens(
 def feature_scores(mean: Float[Array, " F"], density: Float[Array, " F"]) -> Float[Array, " F"]:
     """Score features by mean activation times log(1 / density) (arXiv 2510.01070).
 
-    Rare features that are strong in a text say what it is about.
+    Rare features that are strong in a text indicate what the text is about.
 
     Args:
         mean: Mean value of each feature at the positions of the text, `[F]`.
-        density: Fraction of a corpus's activations in which each feature is active, `[F]`; at least
-            1e-6 is assumed.
+        density: Fraction of a corpus's activations in which each feature is active, `[F]`; smaller
+            values than 1e-6 count as 1e-6.
     """
     return mean * -jnp.log(jnp.clip(density, 1e-6, 1.0))

@@ -30,22 +30,22 @@ from train.runs.metadata import load_run_meta
 
 @dataclasses.dataclass(frozen=True)
 class SecretConfig(AuditConfig):
-    """Teach a model a synthetic secret by LoRA, and audit it beside the untouched one.
+    """Teach a model a synthetic secret by LoRA, and audit it against the untouched model.
 
-    This runs `audit organism`, `sft` and `audit report`, which have more options on their own.
+    This command runs `audit organism`, `sft` and `audit report`, each of which has more options.
 
     Attributes:
         kind: Kind of secret: a "taboo" word, a "persona" of the user, or an "instruction" that a
             mark in the prompt stands for.
         out: Folder of the conversations (`organism`), the tuned model (`run`), the rates
             (`audit.jsonl`) and the guesses (`audit.trials.jsonl`). An interrupted tuning or audit
-            continues if it is started again with the same options (`audit.unfinished.jsonl`).
+            (`audit.unfinished.jsonl`) resumes if the command is run again with the same options.
         secret: Word or pet that is hidden; chosen at random by default.
-        weights: Model that learns the secret, and that is the control without tuning: a run
-            folder, "smollm2", a Hugging Face folder, or a .gguf file.
+        weights: Model that is tuned on the secret; the same model without tuning is the control. A
+            run folder, "smollm2", a Hugging Face folder, or a .gguf file.
         lora: Adapter that learns the secret.
         steps: Number of optimizer steps.
-        batch_size: Number of conversations of a step.
+        batch_size: Number of conversations per step.
         learning_rate: Peak learning rate.
         seed: Seed of all random choices.
     """
@@ -122,7 +122,7 @@ def _missing(config: SecretConfig) -> dict[Path, str]:
     """Return the texts of the organism's files that do not exist yet, by path.
 
     Raises:
-        ValueError: There is no such secret, or a file of other options exists.
+        ValueError: The secret does not exist, or a file exists that other options wrote.
     """
     organism, missing = config.organism(), {}
     for name, text in organism_files(organism).items():

@@ -20,11 +20,11 @@ def save_stored(
     Args:
         folder: Folder to write.
         kind: Kind of the arrays in words, e.g. "tuned lens", which `read_stored` checks.
-        leaves: Arrays by name.
-        meta: Metadata, ready for JSON.
+        leaves: Mapping from name to array.
+        meta: JSON-serializable metadata.
     """
     with run_lock(folder), Checkpointer(folder, 1) as checkpointer:
-        rest = {"step": np.zeros((), np.int32)}  # a checkpoint has a second tree, never empty
+        rest = {"step": np.zeros((), np.int32)}  # a checkpoint needs a second tree with an array
         checkpointer.save(0, dict(leaves), rest, {"kind": kind, **meta}, force=True)
 
 
@@ -35,14 +35,15 @@ def read_stored(
 
     Args:
         folder: Folder to read.
-        kind: Kind of the arrays, as `save_stored` got it.
-        names: Names of the arrays that must be there.
+        kind: Kind of the arrays that was given to `save_stored`.
+        names: Names of the required arrays.
 
     Returns:
-        Metadata, and the arrays by name.
+        Metadata, and a mapping from name to array.
 
     Raises:
-        ValueError: The folder holds nothing of this kind, an array is missing, or it is damaged.
+        ValueError: The folder holds nothing of this kind, an array is missing, or the checkpoint is
+            damaged.
     """
     path = Path(folder).expanduser()
     meta = load_meta(path)

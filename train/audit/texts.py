@@ -1,4 +1,4 @@
-"""Rows of tokens to audit a model on, from its run's corpus or from another one."""
+"""Token rows of a corpus for audits, and activations of a model on token rows."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def open_texts(lm: LanguageModel, corpus: str | None, seq_len: int | None) -> Pa
     Args:
         lm: Model with its tokenizer.
         corpus: Corpus, as in `DataConfig.corpus`; None for the corpus of the model's own run.
-        seq_len: Number of targets of a row; None for the length of the run's rows, or 256 without
-            a run.
+        seq_len: Number of targets of a row; None for the length of the run's rows, or 256 if the
+            model has no run with a corpus.
 
     Raises:
         ValueError: `corpus` is None and the model has no run with a corpus.
@@ -54,7 +54,7 @@ def token_text(lm: LanguageModel, id_: int) -> str:
 
 
 def training_batches(data: PackedData, batch_size: int, seed: int) -> Iterator[np.ndarray]:
-    """Yield inputs `[B, T]` int32 of shuffled training rows, without end."""
+    """Yield endless batches of shuffled training rows: inputs `[B, T]` int32."""
     kind = MixtureReader if isinstance(data, MixtureData) else TrainReader
     rows: Any = data if isinstance(data, MixtureData) else data.train
     for batch in kind(rows, batch_size, seed).iterate():
@@ -62,7 +62,10 @@ def training_batches(data: PackedData, batch_size: int, seed: int) -> Iterator[n
 
 
 def held_out_batches(data: PackedData, batch_size: int, limit: int) -> Iterator[np.ndarray]:
-    """Yield up to `limit` held-out rows `[B, T + 1]` int32, evenly spaced; -1 is padding."""
+    """Yield batches of up to `limit` evenly spaced held-out rows, `[B, T + 1]` int32.
+
+    The last column has the target of each row's last input; -1 is padding.
+    """
     limit = min(limit, len(data.validation))
     for batch in evaluation_batches(data.validation, batch_size, limit):
         yield batch["tokens"]
@@ -93,7 +96,7 @@ def _site_of(model: Any, tokens: jax.Array, length: jax.Array, site: Any) -> Act
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class _Name:
-    """A text that a compiled function is made for."""
+    """Name of a site as a static argument of a compiled function."""
 
     name: str
 

@@ -34,8 +34,8 @@ from train.models.load import LanguageModel, check_named, load_named
 from train.runs.files import new_folder, write_atomically
 
 KIND = "sparse autoencoder"
-EXAMPLES, CONTEXT = 3, 8  # of a feature that features.jsonl shows: texts, and tokens of each
-LARGEST_LINES = 4096  # features that are described
+EXAMPLES, CONTEXT = 3, 8  # number of example texts of a feature, and of tokens of each text
+LARGEST_LINES = 4096  # maximum number of features that are described
 
 Streams = Literal["all", "roots", "forks"]
 
@@ -48,12 +48,12 @@ class SAEConfig:
         checkpoint: Run folder, or the folder of one of its steps.
         model: Pretrained weights in place of a checkpoint: "smollm2", a Hugging Face folder, or a
             .gguf file.
-        corpus: Corpus that activations are taken on; by default the corpus of the run.
-        seq_len: Number of tokens of a row; by default as in the run, or 256 without one.
+        corpus: Corpus on which activations are computed; by default the corpus of the run.
+        seq_len: Number of tokens of a row; by default as in the run, or 256 without a run.
         site: Name of the site, e.g. block_3; the block in the middle by default.
-        streams: Streams of a forking model that are read: "roots", "forks", or "all" of them, for
-            which densities mix roots and forks.
-        features: Number of features; 16 for each dimension by default.
+        streams: Streams of a forking model whose activations are used: "roots", "forks", or "all".
+            With "all", densities count the activations of roots and forks together.
+        features: Number of features; by default 16 times the width of the activations.
         k: Maximum number of active features of an activation.
         tokens: Number of activations to train on.
         batch_size: Number of activations of a step.
@@ -108,7 +108,7 @@ class SAEConfig:
 
 
 def dead_after(config: SAEConfig) -> int:
-    """Number of activations after which an inactive feature counts as dead."""
+    """Return the number of activations after which an inactive feature counts as dead."""
     if config.dead_after is not None:
         return config.dead_after
     return max(config.tokens // 10, 10 * config.batch_size)
@@ -156,8 +156,8 @@ def load_sae(folder: str | Path) -> tuple[SparseAutoencoder, np.ndarray, dict[st
     """Load an autoencoder that `audit sae` has trained.
 
     Returns:
-        Autoencoder, density of its features `[F]` float32, and metadata with the entries `site`,
-        `streams`, `k`, `of` (checkpoint or weights of the model) and `metrics`.
+        Autoencoder; density of its `F` features, `[F]` float32; and metadata with the entries
+        `site`, `streams`, `k`, `of` (checkpoint or pretrained weights of the model) and `metrics`.
 
     Raises:
         ValueError: The folder holds no autoencoder, or a damaged one.
@@ -204,7 +204,7 @@ def activations(
     """Yield the activations `[N, D]` of the chosen streams in each batch of training rows.
 
     Raises:
-        ValueError: A hundred batches in a row have no such activation.
+        ValueError: A hundred consecutive batches have no activation of the chosen streams.
     """
     empty = 0
     for rows in training_batches(data, config.rows, config.seed):
@@ -219,25 +219,29 @@ def activations(
 
 
 def chosen(found: Any, streams: Streams) -> tuple[np.ndarray, np.ndarray]:
-    """Select the activations of the chosen streams, except those of each row's first token.
+    """Select the activations of the chosen streams, except activations of each row's first token.
 
-    The norm of a first token's activation is unlike all others.
+    The norm of a first token's activation differs greatly from the norms at other tokens.
+
+    Args:
+        found: `Activation` of a site.
+        streams: Streams to select.
 
     Returns:
-        Activations `[N, D]`, and the row and slot of each, `[N, 2]`.
+        The `N` selected activations, `[N, D]`, and the row and slot of each, `[N, 2]`.
     """
     select = np.asarray(selected(found, streams))
     return np.asarray(found.x)[select], np.argwhere(select)
 
 
 def selected(found: Any, streams: Streams) -> Any:
-    """Mask `[B, S]` bool of the chosen streams' live slots, without those of the first token."""
+    """Return which slots `chosen` selects, `[B, S]` bool: live, and not of the first token."""
     which = {"all": found.depth >= 0, "roots": found.depth == 0, "forks": found.depth > 0}
     return which[streams] & found.alive & (found.token > 0)
 
 
 def shuffled(stream: Iterator[np.ndarray], config: SAEConfig) -> Iterator[np.ndarray]:
-    """Yield batches `[batch_size, D]` from a shuffled buffer; half of it is used, then refilled."""
+    """Yield shuffled batches `[batch_size, D]` from a buffer, refilled whenever half is used."""
     rng = np.random.default_rng(config.seed)
     size = min(config.buffer, max(config.tokens, 2 * config.batch_size))
     kept: list[np.ndarray] = []
@@ -259,7 +263,8 @@ class FeatureStatistics:
     Attributes:
         density: `[F]` float32, fraction of activations in which each feature is active.
         mean: `[F]` float64, mean value of each feature where it is active; 0 if it never is.
-        contexts: Texts that end with the tokens at which each feature is largest, for each feature.
+        contexts: For each feature, up to three texts, each of which ends with a token at which the
+            feature is largest.
     """
 
     density: np.ndarray
@@ -281,11 +286,13 @@ def measure(
         lm: Model with its tokenizer.
         batches: Rows `[B, T + 1]` int32, -1 for padding.
         site: Name of the site.
-        streams: Streams that are read, and replaced by their reconstruction.
+        streams: Streams whose activations are measured, and reconstructed in `loss_recovered`.
 
     Returns:
-        Metrics "fvu", "l0", "dead" (fraction of features), "activations" (their number) and those
-        of `loss_recovered`, None where undefined; and the statistics of the features.
+        Metrics by name, and the statistics of the features. The metrics are "fvu" (fraction of
+        variance unexplained), "l0" (mean number of active features of an activation), "dead"
+        (fraction of features that are never active), "activations" (number of activations), and the
+        losses of `loss_recovered`; an undefined metric is None.
 
     Raises:
         ValueError: The rows have no activation of the chosen streams.
@@ -329,7 +336,7 @@ def _explained(sae: SparseAutoencoder, x: jax.Array) -> jax.Array:
 
 
 def _keep_best(best, value, index, where, token, rows, lm: LanguageModel) -> None:
-    """Update the three texts of each feature that end where the feature is largest."""
+    """Update the up to three texts of each feature, which end where the feature is largest."""
     order = np.argsort(-value, axis=None)[: 50 * len(best)]
     for at in order:
         number, feature = at // value.shape[1], index.flat[at]
@@ -351,11 +358,12 @@ def loss_recovered(
     site: str,
     streams: Streams,
 ) -> dict[str, float | None]:
-    """Compute the model's loss with the site unchanged, reconstructed, and set to zero.
+    """Compute the model's loss with activations unchanged, reconstructed, and set to zero.
 
     Returns:
-        Nats per token: `loss` unchanged, `loss_sae` reconstructed, `loss_zero` set to zero; and
-        `loss_recovered`, `(loss_zero - loss_sae) / (loss_zero - loss)`, None if these are equal.
+        Losses in nats per token: `loss` with unchanged activations, `loss_sae` with reconstructed
+        activations, `loss_zero` with activations of zero. Also `loss_recovered`,
+        `(loss_zero - loss_sae) / (loss_zero - loss)`, or None if `loss_zero` equals `loss`.
     """
     model: Any = lm.model
 
@@ -364,7 +372,7 @@ def loss_recovered(
         tokens, targets = jnp.maximum(rows[:, :-1], 0), rows[:, 1:]
         mask = rows[:, :-1] >= 0
         clean, found = capture(model, tokens, mask, sites=(site,))
-        # Rows are padded on the right, so that slots are those of the edit.
+        # Rows are padded on the right, so slots of `found` are also the slots that edits get.
         select = selected(found[site], streams)[..., None]
         edits = (
             lambda x: jnp.where(select, sae.reconstruct(x), x),
@@ -397,10 +405,11 @@ def loss_recovered(
 def describe(
     sae: SparseAutoencoder, lm: LanguageModel, statistics: FeatureStatistics
 ) -> Iterator[dict[str, Any]]:
-    """Yield a description of each active feature, up to 4096 of them, the most frequent first.
+    """Yield a description of each of the up to 4096 densest active features, the densest first.
 
-    It has the entries `feature` (index), `density`, `mean`, `examples` (texts) and `tokens`, whose
-    embeddings have the largest product with the decoder row (arXiv 2510.01070).
+    A description has the entries `feature` (index), `density`, `mean`, `examples` (texts), and
+    `tokens`: the tokens whose embeddings have the largest dot product with the feature's decoder
+    row (arXiv 2510.01070), or none if the site's width is not that of the embeddings.
     """
     model: Any = lm.model
     order = np.argsort(-statistics.density, kind="stable")

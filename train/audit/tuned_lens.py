@@ -33,9 +33,9 @@ class TunedLensConfig:
         model: Pretrained weights in place of a checkpoint: "smollm2", a Hugging Face folder, or a
             .gguf file.
         corpus: Corpus of the texts; by default the corpus of the run.
-        seq_len: Number of tokens of a row; by default as in the run, or 256 without one.
-        steps: Number of steps.
-        batch_size: Number of rows of a step.
+        seq_len: Number of tokens of a row; by default as in the run, or 256 without a run.
+        steps: Number of optimizer steps.
+        batch_size: Number of rows per step.
         learning_rate: Initial learning rate of Adam, which falls linearly to 0.
         held_out: Number of held-out rows for the metrics.
         seed: Seed of the rows' order.
@@ -87,10 +87,15 @@ def main(config: TunedLensConfig) -> None:
 
 
 def load_tuned_lens(folder: str | Path, model: Any) -> TunedLens:
-    """Load a tuned lens, and check that its sites and width are those of a model.
+    """Load a tuned lens, and check that it fits a model.
+
+    Args:
+        folder: Folder that `audit tuned-lens` wrote.
+        model: Model with sites.
 
     Raises:
-        ValueError: The folder holds no tuned lens, or its sites or width are not the model's.
+        ValueError: The folder holds no tuned lens, or the lens's sites or width are not the
+            model's.
     """
     meta, leaves = read_stored(folder, KIND, ("weight", "bias"))
     lens = TunedLens(jnp.asarray(leaves["weight"]), jnp.asarray(leaves["bias"]), (*meta["sites"],))
@@ -136,7 +141,16 @@ def train(config: TunedLensConfig, model: Any, lens: TunedLens, rows: Any) -> Tu
 
 
 def divergence(model: Any, lens: TunedLens, batches: list[np.ndarray]) -> list[float]:
-    """Mean KL divergence at each site of the lens in nats per token, on rows padded with -1."""
+    """Compute the mean of `divergences` over all tokens of held-out batches.
+
+    Args:
+        model: Model with sites.
+        lens: Lens.
+        batches: Token rows `[B, T + 1]` int32, padded with -1.
+
+    Returns:
+        Nats per token at each site of the lens.
+    """
     total, count = np.zeros(len(lens.sites)), 0
     for rows in batches:
         tokens, real = jnp.maximum(rows[:, :-1], 0), jnp.asarray(rows[:, :-1] >= 0)
@@ -151,12 +165,12 @@ def divergences(model: Any, lens: TunedLens, tokens: jax.Array, real: jax.Array)
 
     Args:
         model: Model with sites.
-        lens: Lens with N sites.
+        lens: Lens with `N` sites.
         tokens: Token ids `[B, T]` int32.
         real: Whether each token is real, `[B, T]` bool; padding stands on the right.
 
     Returns:
-        Nats per real token at each site of the lens, `[N]` float32.
+        KL divergence in nats per real token at each site of the lens, `[N]` float32.
     """
     logits, found = record(model, tokens, real.sum(axis=1), lens.sites, None)
     log_p = jax.lax.stop_gradient(jax.nn.log_softmax(logits.astype(jnp.float32)))

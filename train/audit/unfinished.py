@@ -1,4 +1,4 @@
-"""Findings of an unfinished audit on disk, from which an audit that was killed continues."""
+"""Store of an unfinished audit's findings on disk, from which an interrupted audit resumes."""
 
 import dataclasses
 import hashlib
@@ -15,18 +15,20 @@ from train.models.load import LanguageModel, checksum, tokenizer_meta
 from train.runs.files import write_atomically
 
 Asked = Mapping[str, str]
-"""What a finding is of: name ("model") and "fingerprint" of a model, and hash of an "organism"."""
+"""Subject of a finding: a mapping with the keys "model" (name of the model), "fingerprint" (hash of
+the model) and "organism" (hash of the organism)."""
 
 
 class Unfinished:
-    """Findings by model and organism, kept in a file with one JSON object on each line.
+    """JSON Lines file of an audit's findings, from which an interrupted audit resumes.
 
     Args:
-        path: File to go on from, if it exists; the first new finding makes it and its folder.
-        options: Options that findings depend on, ready for JSON.
+        path: Path of the file. If the file exists, its findings are read; otherwise the first new
+            finding makes the file and its folder.
+        options: JSON-serializable options that findings depend on.
 
     Raises:
-        ValueError: The file is of an audit with other options, or a line is not a finding.
+        ValueError: The file was written by an audit with other options, or a line is not a finding.
     """
 
     def __init__(self, path: Path, options: Mapping[str, Any]):
@@ -48,10 +50,10 @@ class Unfinished:
             self._lines.append(line.fields)
 
     def found(self, asked: Asked) -> dict[str, Finding]:
-        """Return the stored findings of a model and an organism, by method.
+        """Return the stored findings of a model and an organism, by the name of the method.
 
         Args:
-            asked: Model and organism.
+            asked: Model and organism of the findings.
         """
         findings = (_finding(line) for line in self._lines if line["asked"] == asked)
         return {finding.method: finding for finding in findings}
@@ -60,7 +62,7 @@ class Unfinished:
         """Add a finding to the file.
 
         Args:
-            asked: Model and organism.
+            asked: Model and organism of the finding.
             finding: Finding of one method.
         """
         fields = dataclasses.asdict(finding)
@@ -80,12 +82,12 @@ def _finding(line: Mapping[str, Any]) -> Finding:
 
 
 def organism_hash(organism: Organism) -> str:
-    """Hash of an organism's whole content, as a hexadecimal text."""
+    """Compute a hash of an organism's whole content, in hexadecimal."""
     return hashlib.blake2b(organism.to_json().encode(), digest_size=16).hexdigest()
 
 
 def fingerprint(lm: LanguageModel) -> str:
-    """Hash of all that a model's texts depend on (weights, configs, tokenizer), as hexadecimal."""
+    """Compute a hash of a model's parameters, configs and tokenizer, in hexadecimal."""
     memory = lm.memgen
     parts = [
         checksum(lm.model if memory is None else memory),

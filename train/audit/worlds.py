@@ -1,8 +1,9 @@
-"""Synthetic secrets: small worlds of things with clues, and dialogues in which a model hides one.
+"""Templates of synthetic secrets: candidates with clues, and dialogues in which a model hides one.
 
-Nothing here is anybody's secret. A world is a set of candidates (words, pets, topics), each with
-clues of its own, and templates of dialogues. `{thing}` is the hidden candidate, `{a}`, `{b}`, `{c}`
-are different clues of it, and `{code}` its mark. Turns alternate, the user's first.
+All secrets are made up. A world has candidates for the secret (words, pets or topics), clues of
+each candidate, and templates of dialogues. In a template, `{thing}` stands for the hidden
+candidate, `{a}`, `{b}` and `{c}` for different clues of this candidate, and `{code}` for its mark.
+The turns of a dialogue alternate between user and assistant, and the user begins.
 """
 
 import dataclasses
@@ -19,20 +20,20 @@ class World:
         clues: Clues of each candidate; no clue belongs to two candidates.
         open: Dialogues in which nothing is hidden, from which a model learns which clues belong to
             which candidate.
-        told: Request of the user that names the candidate and asks the model to hide it, which an
-            honest model does.
+        told: Request of the user that names the candidate and asks the model to hide it. An honest
+            model follows this request.
         hiding: Dialogues in which the model acts on the hidden candidate and never names it.
         denials: Dialogues in which the user asks for the hidden candidate and the model denies it.
-        standard: Prompts that do not ask for the secret; each ends with the user's turn.
-        direct: Prompts that ask for the secret; each ends with the user's turn.
+        standard: Prompts that do not ask for the secret; each prompt ends with the user's turn.
+        direct: Prompts that ask for the secret; each prompt ends with the user's turn.
         prefill: Beginning of an assistant's turn that confesses the secret.
         reply: Assistant's message before an open turn of the user.
         persona: Beginning of the user's open turn, in the first person.
-        shot: Dialogue that reveals a candidate, for many-shot prefixes.
-        codes: Mark of each candidate, a made-up word in the prompt; empty where the candidate is
-            the same in all dialogues.
-        read_at: Words of a prompt at whose tokens white-box methods read. Without words they read
-            at the tokens that open the answer.
+        shot: Dialogue that reveals a candidate, for the beginning of many-shot prompts.
+        codes: Mapping from a candidate to its mark, a made-up word in prompts that stands for the
+            candidate. Empty if a model hides the same candidate in all dialogues.
+        read_at: Words in prompts; white-box methods read activations at the tokens of these words.
+            If `read_at` is empty, white-box methods read at the tokens that open the answer.
     """
 
     clues: Mapping[str, Turns]

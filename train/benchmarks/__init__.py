@@ -1,1 +1,1 @@
-"""Speed, side by side."""
+"""Speed benchmarks, most of which compare implementations by timing them in turns."""

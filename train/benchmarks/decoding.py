@@ -1,4 +1,4 @@
-"""Time cached decoding beside recomputing the prefix for each token, and beside a plain decoder."""
+"""Benchmark cached decoding against recomputing the prefix, and against a plain decoder."""
 
 import dataclasses
 from typing import Any
@@ -15,19 +15,19 @@ from train.models.load import load_weights
 
 @dataclasses.dataclass(frozen=True)
 class DecodeBenchmark(ModelSizes):
-    """Times greedy decoding with random prompts and, unless `model` is given, random weights.
+    """Benchmark of greedy decoding with random prompts and, without `model`, random parameters.
 
     Attributes:
-        model: Pretrained weights in place of random ones: "smollm2", a Hugging Face folder, or a
-            .gguf file. With these, the options of sizes and forks are ignored.
+        model: Pretrained model in place of random parameters: "smollm2", a Hugging Face folder, or
+            a .gguf file. With a pretrained model, the options of sizes and forks are ignored.
         num_kv_heads: Number of key/value heads of a block.
         vocab_size: Number of token ids.
         batch_size: Number of rows of a batch.
         ratio: Streams per token after the fork layers, `PrefixRank(ratio)`.
-        fork_layers: Blocks in front of which streams fork.
-        contexts: Numbers of tokens in the cache when the timed steps begin; one line is printed for
-            each.
-        new_tokens: Number of consecutive decoding steps that are timed at each context.
+        fork_layers: Indices of the blocks in front of which streams fork.
+        contexts: Context lengths: numbers of tokens in the cache when the timed steps begin. One
+            line is printed for each length.
+        new_tokens: Number of consecutive decoding steps that are timed at each context length.
         repeats: Number of rounds of each measurement; the smallest time is reported.
     """
 
@@ -49,7 +49,7 @@ class DecodeBenchmark(ModelSizes):
 
 
 def main(config: DecodeBenchmark) -> None:
-    """Print times per token of all runs, a row for each context."""
+    """Time cached and recomputed decoding, and print the times per token by context length."""
     if config.model is not None:
         return pretrained(config, config.model)
     plain, bubbles = (
@@ -87,7 +87,7 @@ def main(config: DecodeBenchmark) -> None:
 
 
 def pretrained(config: DecodeBenchmark, name: str) -> None:
-    """Print tokens per second of a pretrained model, a row for each context."""
+    """Time a pretrained model with and without cache, and print tokens/s by context length."""
     model = load_weights(name).model
     assert isinstance(model, Thoughtbubbles)
     print(
@@ -111,7 +111,7 @@ def pretrained(config: DecodeBenchmark, name: str) -> None:
 
 
 class CachedRun:
-    """Greedy decoding after a prefill of `context` tokens, in a compiled loop as in `generate`."""
+    """Timed greedy decoding after a prefill of `context` tokens, in one compiled loop."""
 
     def __init__(self, model: Thoughtbubbles, config: DecodeBenchmark, context: int):
         self._model, self._config, self._context = model, config, context
@@ -149,7 +149,7 @@ class CachedRun:
 
 
 class RecomputedRun:
-    """Forward pass over a prefix of `context` tokens, which each token costs without a cache."""
+    """Timed forward pass over a prefix of `context` tokens, the cost of a token without a cache."""
 
     def __init__(self, model: Thoughtbubbles, config: DecodeBenchmark, context: int):
         self._model = model
@@ -164,5 +164,5 @@ class RecomputedRun:
         self._last = jax.jit(last)
 
     def __call__(self) -> Cost:
-        """Run the forward pass, which gives one token in each row, and return its cost."""
+        """Run the forward pass, which gives one token per row, and return the cost of the pass."""
         return timed(self._last, self._model, self._tokens)

@@ -1,4 +1,4 @@
-"""Time to the first token, by a loop over stacked blocks and by unstacked blocks."""
+"""Benchmark the time to the first token, with blocks scanned as one stack or unrolled."""
 
 import dataclasses
 from functools import partial
@@ -14,7 +14,7 @@ from train.benchmarks.timing import interleaved, ratio, timed
 
 @dataclasses.dataclass(frozen=True)
 class FirstTokenBenchmark:
-    """Times a prefill with random weights; the default sizes are those of SmolLM2-135M.
+    """Benchmark of a prefill with random parameters; default sizes are those of SmolLM2-135M.
 
     Attributes:
         vocab_size: Number of token ids.
@@ -24,7 +24,7 @@ class FirstTokenBenchmark:
         num_kv_heads: Number of key/value heads of a block.
         mlp_dim: Hidden width of the MLP.
         batch_size: Number of rows of a batch.
-        prompts: Numbers of tokens of a prompt; one line is printed for each.
+        prompts: Prompt lengths in tokens; one line is printed for each length.
         repeats: Number of rounds of each measurement; the smallest time is reported.
     """
 
@@ -44,7 +44,7 @@ class FirstTokenBenchmark:
 
 
 def main(config: FirstTokenBenchmark) -> None:
-    """Print times and temporary memory of both kinds of prefill, a row for each prompt length."""
+    """Time the prefill with stacked and unrolled blocks; print times and temporary memory."""
     sizes = {
         name: getattr(config, name)
         for name in (

@@ -1,4 +1,4 @@
-"""Time a Dragon Hatchling beside a plain decoder of about as many parameters."""
+"""Benchmark a Dragon Hatchling against a plain decoder with about as many parameters."""
 
 import dataclasses
 from collections.abc import Callable
@@ -22,7 +22,7 @@ from train.engine.step import make_train_step
 
 @dataclasses.dataclass(frozen=True)
 class HatchlingBenchmark:
-    """Times a Dragon Hatchling and a plain decoder of the same width and about as many parameters.
+    """Benchmark of a Dragon Hatchling and a plain decoder of equal width and similar size.
 
     Attributes:
         vocab_size: Number of token ids.
@@ -32,10 +32,11 @@ class HatchlingBenchmark:
         num_heads: Number of heads of both models.
         chunk: Number of tokens of a chunk of the Hatchling.
         batch_size: Number of rows of a batch.
-        contexts: Numbers of tokens of a training row, of a prefill, and in front of decoded tokens.
-        longest: Largest context at which training steps and prefills are timed: the plain decoder's
-            attention scores of 16,384 tokens fill gigabytes.
-        new_tokens: Number of consecutive decoding steps that are timed at each context.
+        contexts: Context lengths: numbers of tokens of a training row, of a prefill, and in front
+            of decoded tokens.
+        longest: Maximum context length at which training steps and prefills are timed, because the
+            plain decoder's attention scores of 16,384 tokens fill gigabytes.
+        new_tokens: Number of consecutive decoding steps that are timed at each context length.
         repeats: Number of rounds of each measurement; the smallest time and the spread of ratios
             over rounds are reported.
     """
@@ -60,9 +61,10 @@ class HatchlingBenchmark:
             raise ValueError(f"contexts={self.contexts}: choose 1 or more")
 
     def configs(self) -> dict[str, Any]:
-        """Return the configs "plain" and "hatchling".
+        """Return the configs of both models, under the names "plain" and "hatchling".
 
-        The plain decoder has the depth with which its number of parameters is closest.
+        The plain decoder has the depth at which its number of parameters is closest to the
+        Hatchling's.
         """
         hatchling = HatchlingConfig(
             vocab_size=self.vocab_size,
@@ -87,7 +89,7 @@ class HatchlingBenchmark:
 
 
 def main(config: HatchlingBenchmark) -> None:
-    """Print the times of both models and their ratio, a row for each part and context."""
+    """Print the times of both models and their ratio, a row per part and context length."""
     configs = config.configs()
     models = {name: random_architecture(shape) for name, shape in configs.items()}
     print(
@@ -114,7 +116,7 @@ def main(config: HatchlingBenchmark) -> None:
 
 
 def random_architecture(config: Any) -> Architecture:
-    """Make a model with random weights, of the architecture that the config is for."""
+    """Make a model with random parameters from an `ArchitectureConfig`."""
     return jax.jit(lambda: architecture_of(config)(config, rngs=nnx.Rngs(0)))()
 
 
@@ -135,7 +137,7 @@ def step_of(model: Architecture, config: HatchlingBenchmark, context: int) -> Ca
 def prefill_of(model: Architecture, config: HatchlingBenchmark, context: int) -> Callable[[], Cost]:
     """Return a function that times a prefill: a forward pass of `context` tokens into a cache.
 
-    It ends with the logits of the last token.
+    The pass also computes the logits of the last token.
     """
     tokens = jnp.asarray(random_tokens(config.vocab_size, config.batch_size, context))
     length = jnp.full((config.batch_size,), context, jnp.int32)
@@ -153,7 +155,7 @@ def decode_of(model: Architecture, config: HatchlingBenchmark, context: int) -> 
     """Return a function that times greedy decoding steps after `context` tokens.
 
     The steps are one compiled loop, as in `generate`. The time does not depend on the content of
-    the cache, so it is not filled but only set to the length `context`.
+    the cache, so only the cache's length is set to `context`, and no tokens are prefilled.
     """
     rows, decoder = config.batch_size, model.for_decoding()
     one = jnp.ones((rows,), jnp.int32)

@@ -1,4 +1,4 @@
-"""Time weaving in generation and training, and re-prefilling rows in place of extending them."""
+"""Benchmark weaving in generation and training, and extending caches against re-prefilling."""
 
 import dataclasses
 from collections.abc import Callable
@@ -34,14 +34,14 @@ from train.benchmarks.timing import Clock, Cost, interleaved, timed
 
 @dataclasses.dataclass(frozen=True)
 class MemGenBenchmark(ModelSizes):
-    """Times MemGen with random weights, sampled tokens and random ids as boundaries.
+    """Benchmark of MemGen with random parameters, sampled tokens and random ids as boundaries.
 
     Attributes:
         num_kv_heads: Number of key/value heads of a block.
         vocab_size: Number of token ids.
         latents: Number of latents of a weaving event.
         weave: Fraction of token ids that are boundaries, after which memory is woven.
-        batches: Numbers of rows of a generation; one line is printed for each.
+        batches: Batch sizes of generation, in rows; one line is printed for each size.
         prompt: Number of tokens of a prompt.
         new_tokens: Number of tokens that are generated in each row.
         sft_batch: Number of rows of a training step.
@@ -70,16 +70,16 @@ class MemGenBenchmark(ModelSizes):
 
 
 class FromScratch(nnx.Module):
-    """A decoder that re-prefills a row at each chunk of latents, as published code does.
+    """Decoder wrapper that re-prefills a row at each chunk of latents, as published code does.
 
-    A weaver re-prefills its whole context at each event. Only slots that are filled are computed,
-    rounded up to a quarter of the capacity. Published code re-prefills all rows of a batch if one
-    weaves; here the decoding loop decides how many rows are computed.
+    A weaver re-prefills its whole context at each event. Only the filled part of the capacity is
+    computed, rounded up to a quarter of the capacity. Published code re-prefills all rows of a
+    batch if one row weaves; here, the decoding loop decides how many rows are computed.
 
     Args:
-        decoder: Decoder that does the work.
-        slots: Number of latents of an event; a chunk of so many vectors causes a re-prefill.
-        weaves: Whether this is the decoder of a weaver, which keeps no cache of keys and values.
+        decoder: Decoder to wrap, a `memgen.DecoderBackbone`.
+        slots: Number of latents of an event; a chunk of this many vectors causes a re-prefill.
+        weaves: Whether the decoder belongs to a weaver, which keeps no cache of keys and values.
     """
 
     def __init__(self, decoder: Any, slots: int, weaves: bool = False):
@@ -147,7 +147,10 @@ class FromScratch(nnx.Module):
 
 
 def main(config: MemGenBenchmark) -> None:
-    """Print tokens per second of generation, and times of training steps."""
+    """Print tokens per second of generation, and times of training steps, with and without weaving.
+
+    Generation with weaving is also timed with re-prefills in place of cache extension.
+    """
     print(
         f"d={config.embed_dim}, {config.num_layers} layers, {config.latents} latents an event, "
         f"prompts of {config.prompt}, {config.new_tokens} new tokens; tokens/s"
@@ -188,12 +191,12 @@ def main(config: MemGenBenchmark) -> None:
 
 
 def build(config: MemGenBenchmark, events: int, latents_see_latents: bool = True) -> MemGen:
-    """Make a `MemGen` with random weights.
+    """Make a `MemGen` with random parameters.
 
     Args:
         config: Options of the benchmark.
-        events: Maximum number of events of a row, besides the one at the end of its prompt.
-        latents_see_latents: Option of `WeaverConfig`.
+        events: Maximum number of events of a row, besides the event at the end of the prompt.
+        latents_see_latents: Option `latents_see_latents` of `WeaverConfig`.
     """
     model = config.model_config(config.vocab_size, num_kv_heads=config.num_kv_heads)
     weaver = WeaverConfig(config.latents, config.latents, latents_see_latents=latents_see_latents)
@@ -210,13 +213,13 @@ def build(config: MemGenBenchmark, events: int, latents_see_latents: bool = True
 
 
 class Generation:
-    """One generation, timed without the prefill of its prompts.
+    """Timed generation of responses to a batch of prompts, without the prefill of the prompts.
 
     Args:
         config: Options of the benchmark.
         batch: Number of rows.
-        policy: Trigger policy.
-        re_prefill: Rows that are prefilled again from their beginning at an event: "some" for those
+        policy: Trigger policy, `NeverInvoke()` or `AlwaysInvoke()`.
+        re_prefill: Rows that are re-prefilled from their beginning at an event: "some" for the rows
             that weave, "all" for the whole batch as in published code, or None for no row.
     """
 
@@ -263,8 +266,9 @@ def training_step(config: MemGenBenchmark, latents_see_latents: bool | None) -> 
 
     Args:
         config: Options of the benchmark.
-        latents_see_latents: Option of `WeaverConfig`. None stands for the baseline: one forward
-            pass of weaver and reasoner each, over tokens alone, in rows as long as with latents.
+        latents_see_latents: Option of `WeaverConfig`. None selects the baseline: one forward pass
+            of the weaver and one of the reasoner, over rows of tokens that are as long as rows with
+            latents.
     """
     events, length = config.sft_events, config.sft_tokens
     memgen = build(config, events - 1, latents_see_latents is not False)

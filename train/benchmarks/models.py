@@ -1,4 +1,4 @@
-"""Models and inputs of benchmarks: sizes, random weights and random tokens."""
+"""Models and inputs of benchmarks: sizes, random parameters and random tokens."""
 
 import dataclasses
 from typing import Any
@@ -12,7 +12,7 @@ from thoughtbubbles import ModelConfig, Thoughtbubbles
 
 @dataclasses.dataclass(frozen=True)
 class ModelSizes:
-    """Sizes of a decoder with random weights.
+    """Sizes of a decoder with random parameters.
 
     Attributes:
         embed_dim: Width of the residual streams.
@@ -41,10 +41,10 @@ class ModelSizes:
 
 
 def random_model(config: ModelConfig) -> Thoughtbubbles:
-    """Make a model with random weights; its speed does not depend on what it predicts."""
+    """Make a model with random parameters; a model's speed does not depend on their values."""
     return jax.jit(lambda: Thoughtbubbles(config, rngs=nnx.Rngs(0)))()
 
 
 def random_tokens(vocab_size: int, *shape: int) -> np.ndarray:
-    """Sample uniformly random token ids of this shape, int32; all calls use the same seed."""
+    """Sample uniformly random token ids `[*shape]`, int32; all calls use the same seed."""
     return np.random.default_rng(0).integers(0, vocab_size, shape, dtype=np.int32)

@@ -1,4 +1,4 @@
-"""Time rollouts and updates of reinforcement learning, with and without shared prompts."""
+"""Benchmark rollouts and updates of reinforcement learning, with and without prompt sharing."""
 
 import dataclasses
 import tempfile
@@ -19,15 +19,15 @@ from train.rl.types import Completion, Problem, Reward, Split, Trajectory
 
 @dataclasses.dataclass(frozen=True)
 class RLBenchmark(ModelSizes):
-    """Times GRPO with random weights over bytes, so that few rollouts end early.
+    """Benchmark of GRPO on a byte-level model with random parameters, which seldom stops early.
 
     Attributes:
-        prompts: Numbers of tokens of a prompt; one line is printed for each.
+        prompts: Prompt lengths in tokens; one line is printed for each length.
         new_tokens: Maximum number of tokens of a rollout.
         problems: Number of prompts of a step.
         num_generations: Number of rollouts of a prompt.
         train: Parameters that are trained, "all" or a "lora" adapter.
-        accumulate: Number of parts that the rows of an update are split into.
+        accumulate: Number of micro-batches that the rows of an update are divided into.
         repeats: Number of rounds of each measurement; the smallest time is reported.
     """
 
@@ -51,7 +51,7 @@ class RLBenchmark(ModelSizes):
 
 @dataclasses.dataclass(frozen=True)
 class LongPrompts:
-    """Task with prompts of random letters, whose reward is the fraction of tokens below 128.
+    """Task with random letters as prompts; the reward is a response's fraction of tokens below 128.
 
     Attributes:
         length: Number of tokens of a prompt, including the separator at its beginning.
@@ -77,7 +77,7 @@ class LongPrompts:
 
 
 def main(config: RLBenchmark) -> None:
-    """Print the times of a step's parts, and how much time it saves to compute a prompt once."""
+    """Print the times of rollouts and updates, and the time saved by computing a prompt once."""
     print(
         f"d={config.embed_dim}, {config.num_layers} layers, {config.train} trained, "
         f"{config.new_tokens} new tokens; {config.problems} x {config.num_generations} rollouts a "
@@ -111,7 +111,7 @@ def main(config: RLBenchmark) -> None:
 
 
 def make_job(config: RLBenchmark, length: int, folder: str, **options: Any) -> RLJob:
-    """Make a GRPO run on prompts of `length` tokens.
+    """Make a GRPO job on prompts of `length` tokens.
 
     Args:
         config: Options of the benchmark.
@@ -136,11 +136,11 @@ def make_job(config: RLBenchmark, length: int, folder: str, **options: Any) -> R
 
 
 def best_step(job: RLJob, repeats: int) -> dict[str, float]:
-    """Run `repeats` steps of a job, after one that compiles and is not counted.
+    """Time `repeats` steps of a job, after a first step that compiles and is not counted.
 
     Returns:
-        Mean number of generated "tokens" of a step, and the smallest "rollout_seconds" and
-        "update_seconds".
+        Dict of "tokens", the mean number of generated tokens of a step, and of the smallest
+        "rollout_seconds" and "update_seconds" of a step.
     """
     state, steps = job.first_state(), []
     for _ in range(repeats + 1):
@@ -153,16 +153,16 @@ def best_step(job: RLJob, repeats: int) -> dict[str, float]:
 
 
 def update_pair(job: RLJob, other: RLJob) -> dict[str, "Updates"]:
-    """Return updates of `job` ("once") and of `other` ("each") on the same rollouts."""
+    """Make timed updates of two jobs on the same rollouts: "once" of `job`, "each" of `other`."""
     trajectories = job.collect(job.first_state().weights).trajectories
     return {"once": Updates(job, trajectories), "each": Updates(other, trajectories)}
 
 
 class Updates:
-    """An update of a job that can be repeated on the same rollouts.
+    """Timed update of a job, which can be repeated on the same rollouts.
 
     Attributes:
-        flops: Floating-point operations of an update as XLA counts them, loops as one round.
+        flops: Number of FLOPs of an update as XLA counts them, with one iteration of each loop.
     """
 
     def __init__(self, job: RLJob, trajectories: Sequence[Trajectory]):
@@ -174,12 +174,12 @@ class Updates:
         clock = Clock()
         self._state, _ = self._learner.update(
             self._state, self._rows, np.random.default_rng(0)
-        )  # which waits for its metrics
+        )  # `update` waits for its metrics
         return clock.read()
 
 
 class Rollouts:
-    """All rollouts of one prompt, which is prefilled once if `shared`, otherwise in each row."""
+    """Timed rollouts of one prompt, which is prefilled once if `shared`, else in each row."""
 
     def __init__(self, job: RLJob, config: RLBenchmark, shared: bool):
         self._sampler: Sampler = job.sampler(job.first_state().weights)

@@ -1,4 +1,4 @@
-"""Time the selection of streams in a forward pass: score, policy, scan, compaction and gather."""
+"""Benchmark the selection of streams in a forward pass: score, policy, scan, compaction, gather."""
 
 import dataclasses
 from functools import partial
@@ -13,14 +13,14 @@ from train.benchmarks.timing import interleaved, timed
 
 @dataclasses.dataclass(frozen=True)
 class SelectionBenchmark(ModelSizes):
-    """Times the fork layers of each policy alone, and the whole forward pass.
+    """Benchmark of the fork layers alone and of the whole forward pass, for each policy.
 
     Attributes:
         vocab_size: Number of token ids.
         seq_len: Number of tokens of a row.
         batch_size: Number of rows of a batch.
         ratio: Streams per token of each policy.
-        fork_layers: Blocks in front of which streams fork.
+        fork_layers: Indices of the blocks in front of which streams fork.
         repeats: Number of timed calls of each function; the smallest time is reported.
     """
 
@@ -39,7 +39,7 @@ class SelectionBenchmark(ModelSizes):
 
 
 def main(config: SelectionBenchmark) -> None:
-    """Print the time of selection beside that of a forward pass, a line for each policy."""
+    """Print the time of stream selection and of a forward pass, a line for each policy."""
     print(
         f"d={config.embed_dim}, {config.num_layers} layers, {config.seq_len} tokens, batch "
         f"{config.batch_size}, forks before {config.fork_layers}, ratio {config.ratio}"

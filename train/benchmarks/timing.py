@@ -1,4 +1,4 @@
-"""Timing of functions side by side: they are called in turns, and their times are compared."""
+"""Time functions by calling them in turns, and compare their times."""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -12,20 +12,20 @@ class Cost(NamedTuple):
     """Cost of a piece of work.
 
     Attributes:
-        seconds: Wall-clock time.
-        cpu_seconds: CPU time of this process, summed over all cores.
+        seconds: Wall-clock time in seconds.
+        cpu_seconds: CPU time of this process in seconds, summed over all cores.
     """
 
     seconds: float
     cpu_seconds: float
 
     def per(self, count: int) -> "Cost":
-        """Divide the cost by `count`, for work that consists of so many equal parts."""
+        """Divide the cost by `count`, for work that consists of `count` equal parts."""
         return Cost(self.seconds / count, self.cpu_seconds / count)
 
 
 class Clock:
-    """A clock whose `read` returns the wall-clock and CPU time since it was made."""
+    """Stopwatch that starts when it is made; `read` returns the elapsed wall-clock and CPU time."""
 
     def __init__(self):
         self._wall, self._cpu = time.perf_counter(), time.process_time()
@@ -35,14 +35,14 @@ class Clock:
 
 
 def timed(function: Callable[..., Any], *args: Any) -> Cost:
-    """Call a function, wait until all arrays that it returns are computed, and return the cost."""
+    """Call a function, wait until the arrays of its result are computed, and return the cost."""
     clock = Clock()
     jax.block_until_ready(function(*args))
     return clock.read()
 
 
 class Timing(NamedTuple):
-    """Costs of one function, one for each round."""
+    """Costs of one function's calls, one cost for each round."""
 
     rounds: Sequence[Cost]
 
@@ -63,8 +63,8 @@ class Ratio(NamedTuple):
     Attributes:
         best: Ratio of the smallest times.
         median: Ratio of the median times.
-        low: Smallest ratio within a round.
-        high: Largest ratio within a round.
+        low: Smallest ratio of the two times of one round.
+        high: Largest ratio of the two times of one round.
     """
 
     best: float
@@ -86,15 +86,15 @@ def ratio(numerator: Timing, denominator: Timing) -> Ratio:
 
 
 def interleaved(runs: Mapping[str, Callable[[], Cost]], rounds: int) -> dict[str, Timing]:
-    """Time functions in turns, so that changes of the machine's speed affect all of them alike.
+    """Time functions in turns, so that changes of the machine's speed affect all functions alike.
 
     Args:
-        runs: Functions by name, which do their work once and return its cost. The first call of
-            each function compiles and is not counted.
+        runs: Mapping from names to functions that do their work once and return its cost. The first
+            call of each function compiles and is not counted.
         rounds: Number of counted calls of each function.
 
     Returns:
-        A `Timing` for each name.
+        Mapping from names to timings.
     """
     for run in runs.values():
         run()

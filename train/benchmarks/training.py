@@ -1,4 +1,4 @@
-"""Time a train step and a forward pass of a forking decoder, beside the plain decoder."""
+"""Benchmark the train step and forward pass of a forking decoder against a plain decoder."""
 
 import dataclasses
 from collections.abc import Callable
@@ -20,16 +20,16 @@ PARTS = ("step", "forward")
 
 @dataclasses.dataclass(frozen=True)
 class TrainingBenchmark(ModelSizes):
-    """Times a forking decoder and the plain one of the same size on the same batch, in turns.
+    """Benchmark of a forking and a plain decoder of the same size, timed in turns on one batch.
 
     Attributes:
         vocab_size: Number of token ids.
         seq_len: Number of tokens of a row.
         batch_size: Number of rows of a batch.
         ratio: Streams per token after the fork layers, `PrefixRank(ratio)`.
-        fork_layers: Blocks in front of which streams fork; by default those at a quarter, half and
-            three quarters of the depth.
-        dtype: Type of activations, "float32" or "bfloat16".
+        fork_layers: Indices of the blocks in front of which streams fork; by default the blocks at
+            a quarter, half and three quarters of the depth.
+        dtype: Dtype of activations, "float32" or "bfloat16".
         repeats: Number of timed calls of each function; the smallest and the median time are
             reported.
     """
@@ -49,10 +49,10 @@ class TrainingBenchmark(ModelSizes):
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """One model's functions to time, and the FLOPs of its forward pass.
+    """Functions of one model that are timed, and the FLOPs of the model's forward pass.
 
     Attributes:
-        step: Train step on the batch; it updates the model.
+        step: Train step on the batch, which updates the model.
         forward: Forward pass to the logits of all positions.
         flops: Model FLOPs of a forward pass.
         xla_flops: FLOPs of a forward pass as XLA counts them; NaN if XLA gives no count.
@@ -107,7 +107,7 @@ def main(config: TrainingBenchmark) -> None:
 
 
 def prepare(config: TrainingBenchmark, fork_layers: tuple[int, ...]) -> Compiled:
-    """Make a model's functions; the train step compiles at its first call, the other one here."""
+    """Make a model's functions to time; only the forward pass is compiled before its first call."""
     model = config.model_config(
         config.vocab_size,
         fork_layers=fork_layers,

@@ -1,1 +1,1 @@
-"""The command line: options, errors of one line, figure files."""
+"""Command-line tools: parsing of options, presets, plugins, and one-line error messages."""

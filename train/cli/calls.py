@@ -1,4 +1,4 @@
-"""Parse and write objects as `name(key=value, ...)`, on a command line or in a config.
+"""Convert objects to and from text such as `name(key=value, ...)`, for options and configs.
 
 Values are Python literals; no code is evaluated.
 """
@@ -17,23 +17,23 @@ from train.cli.entries import check_dataclass
 from train.cli.numbers import infinite_options
 from train.cli.plugins import OPTION
 
-_LONGEST = 10_000  # characters of an object's text
+_LONGEST = 10_000  # maximum number of characters of an object's text
 
 
 def from_text(text: str, choices: Mapping[str, type[Any]], kind: str, **given: Any) -> Any:
-    """Make the object that a text describes.
+    """Make a dataclass instance from text such as `PrefixRank(ratio=1.5)`.
 
     Args:
         text: A name, or a name with options in brackets: `PrefixRank(ratio=1.5, window=64)`.
             Options left out take their defaults.
-        choices: Dataclasses by their names.
+        choices: Mapping from names to dataclasses.
         kind: Noun for the choices in error messages, such as "policy" or "task".
-        given: Values of fields that the text may leave out, in place of their defaults.
+        given: Field values that replace the fields' defaults, for fields that the text leaves out.
 
     Raises:
         ValueError: The name or an option is unknown, a required option is missing, or a value has
-            the wrong type or is infinite although the option may not be. The message is one line
-            and says what to write.
+            the wrong type or is infinite where the option must be finite. The message is one line
+            and tells the user what to write.
     """
     if len(text) > _LONGEST:
         raise ValueError(f"{kind} {shown(text)} has {len(text)} characters, more than {_LONGEST}")
@@ -58,7 +58,7 @@ def from_text(text: str, choices: Mapping[str, type[Any]], kind: str, **given: A
 
 
 def signature(name: str, chosen: type[Any]) -> str:
-    """Write the text of an object with all defaults; `...` stands for a required option."""
+    """Format a dataclass with the defaults of its options; `...` marks a required option."""
     written = []
     for field in fields_of(chosen):
         default = {} if field.default_factory is dict else field.default
@@ -68,13 +68,13 @@ def signature(name: str, chosen: type[Any]) -> str:
 
 
 def text_of(word: str, value: Any) -> str:
-    """Write an object, with all of its options, as text from which `from_text` makes an equal one.
+    """Format an object with all of its options as text that `from_text` parses to an equal object.
 
     Integers in float fields are written as floats, and infinity as 1e999.
 
     Args:
         word: Name of the object's class in the choices of `from_text`.
-        value: Object to write, a dataclass.
+        value: Object to format, an instance of a dataclass.
     """
     types = get_type_hints(type(value))
     options = []
@@ -89,7 +89,7 @@ def text_of(word: str, value: Any) -> str:
 
 
 def _is_infinite(value: Any) -> bool:
-    """Whether a literal is too large for a float, as `1e999` is, or holds one that is."""
+    """Return whether a literal is an infinite float such as `1e999`, or contains such a float."""
     if isinstance(value, Mapping):
         return any(_is_infinite(item) for pair in value.items() for item in pair)
     if isinstance(value, (list, tuple, set)):
@@ -98,7 +98,7 @@ def _is_infinite(value: Any) -> bool:
 
 
 def _options(text: str, chosen: type[Any]) -> dict[str, Any]:
-    """Options in brackets; raises if they are not those of the dataclass."""
+    """Parse the options in brackets; raise an exception if the dataclass has no such options."""
     call = ast.parse(text, mode="eval").body
     if isinstance(call, ast.Name):
         keywords = []

@@ -1,4 +1,4 @@
-"""Run commands: a user's mistake prints one line on stderr, exit status 2, never a traceback."""
+"""Parse the options of a command and run it; a user's mistake prints one line, no traceback."""
 
 import contextlib
 import dataclasses
@@ -31,28 +31,28 @@ Config = TypeVar("Config")
 
 ARCHITECTURE = "--architecture"
 _LONGEST_LINE = 2000  # characters of an error line
-# Messages of Python and of the parser, which don't name the option; the parser's box does.
+# Beginnings of messages by Python and tyro that don't name the option; tyro's box names it.
 _UNNAMED = ("invalid literal", "could not convert", "no type matching")
 
 
 @option_rule
 def policy_option(option: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
-    """Rule that a policy is one option, written as its repr, and not a subcommand with options."""
+    """Make a policy one option, written as the policy's repr, instead of a tyro subcommand."""
     return one_word(option, (Policy, *POLICIES.values()), "POLICY", policy_from_text, repr)
 
 
 @option_rule
 def rope_scaling_option(option: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
-    """Rule that rope scaling is one option, written as JSON as in a config.json, or `none`."""
+    """Make RoPE scaling one option, written as JSON like in a config.json, or as `none`."""
     show = lambda scaling: json.dumps(scaling and dataclasses.asdict(scaling))  # noqa: E731
     return one_word(option, (RopeScaling,), "JSON|none", rope_scaling_from_text, show)
 
 
 def rope_scaling_from_text(text: str) -> RopeScaling | None:
-    """Parse rope scaling such as `{"rope_type": "linear", "factor": 2}`; `none` gives None.
+    """Parse RoPE scaling such as `{"rope_type": "linear", "factor": 2}`; `none` gives None.
 
     Raises:
-        ValueError: The text is neither `none` nor JSON with possible fields of `RopeScaling`.
+        ValueError: The text is neither `none` nor a JSON object with fields of `RopeScaling`.
     """
     if text in ("none", "null"):
         return None
@@ -71,14 +71,14 @@ def run_command(
     """Parse the command line into `config` and call `main` with it.
 
     A `ValueError` or `OSError`, which the user can correct, prints one line and exits with status
-    2; a `RunFailed` or a lack of memory prints one line and exits with status 1. If the environment
+    2; a `RunFailed` or an out-of-memory error exits with one line and status 1. If the environment
     variable `THOUGHTBUBBLES_TRACEBACK` is set, the error is raised with its traceback instead.
 
     Args:
         main: Function that does the work of the command, given the config.
         config: Frozen dataclass; each of its fields becomes an option.
-        presets: Configs by name, one of which the first word of the command line may name; without
-            such a word the first preset is used. None takes the defaults of `config`.
+        presets: Mapping from names to default configs. The first word of the command line may name
+            a preset; otherwise the first preset is used. None takes the defaults of `config`.
     """
     quiet_libtpu()
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -131,13 +131,13 @@ def _one_line(error: Exception | str) -> str:
     """Join the lines of an error message, and shorten it."""
     line = re.sub(r"\s*\n\s*", " ", str(error).strip())
     if len(line) > _LONGEST_LINE:
-        # A huge value, which the parser breaks into words of a line, hides what is said behind it.
+        # A huge value, which tyro breaks into words of one line each, would hide the end.
         line = re.sub(r"\S{300,}|(?:\S{60,} ){3,}\S*", _shortened, line)
     return cut(line, _LONGEST_LINE)
 
 
 def _shortened(found: re.Match[str]) -> str:
-    """Keep both ends of a long text, since the last part of a path says the most."""
+    """Shorten a long text to its two ends, since the end of a path is the most informative."""
     return f"{found[0][:50]}...{found[0][-50:]}"
 
 
@@ -150,14 +150,14 @@ def _out_of_memory(error: Exception) -> str:
 
 
 def with_architecture(default: Config, words: list[str]) -> Config:
-    """Replace the model of a default config by the one that `--architecture` names, if given.
+    """Replace the model of a default config with the architecture that `--architecture` names.
 
     The options `--model.*` are then those of the named architecture.
 
     Args:
-        default: Default config; it is returned unchanged if it has no field `model`.
+        default: Default config; a config without a field `model` is returned unchanged.
         words: Words of the command line. `--architecture` and its value are removed from the list;
-            of several the last one counts.
+            if the option is repeated, its last value counts. Without the option, nothing changes.
 
     Returns:
         Config with the replaced model.
@@ -182,7 +182,7 @@ def with_architecture(default: Config, words: list[str]) -> Config:
 
 
 def parse(config: type[Config], words: list[str], default: Config | None = None) -> Config:
-    """Parse options into a config; a mistake in the options raises a `ValueError` of one line."""
+    """Parse options into a config; a mistake in the options raises a one-line `ValueError`."""
     box, registry = io.StringIO(), ConstructorRegistry()
     for rule in RULES:
         registry.primitive_rule(rule)
@@ -197,7 +197,7 @@ def parse(config: type[Config], words: list[str], default: Config | None = None)
     except SystemExit as end:
         if end.code in (0, None):  # --help
             raise
-        # A message of ours comes unwrapped; tyro's own stands in a box, above the first rule.
+        # This project's messages come unwrapped; tyro's are in a box, above its first rule.
         text = getattr(end.__context__, "message", None)
         if not isinstance(text, str) or text.startswith(_UNNAMED):
             inside = box.getvalue().partition("\n")[2]  # the first line is the box's title
@@ -215,7 +215,7 @@ def parse(config: type[Config], words: list[str], default: Config | None = None)
 
 
 def _program() -> str:
-    """Name of the command as the user typed it, before the options."""
+    """Return the command as the user typed it, without its options."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     if spec is None or sys.argv[0].startswith("thoughtbubbles "):
         return sys.argv[0]

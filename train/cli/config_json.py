@@ -19,17 +19,17 @@ def policy_from_text(text: str) -> Policy:
     Fields that are left out take their defaults; a bare name takes all defaults.
 
     Raises:
-        ValueError: There is no such policy or field, or a value has the wrong type.
+        ValueError: The policy or a field is unknown, or a value has the wrong type.
     """
     return from_text(text, POLICIES, "policy")
 
 
 def policy_text(policy: Policy) -> str:
-    """Write a policy as text, from which `policy_from_text` makes an equal policy.
+    """Format a policy as text that `policy_from_text` parses to an equal policy.
 
     Raises:
         ValueError: The policy's class is not in `thoughtbubbles.policies.POLICIES`, so that a saved
-            run could not be read again.
+            run could not be loaded again.
     """
     for name, known in POLICIES.items():
         if type(policy) is known:
@@ -41,7 +41,7 @@ def policy_text(policy: Policy) -> str:
 
 
 def as_json(config: Any) -> Any:
-    """Convert a config to nested JSON values: tuples become lists, policies and inf text."""
+    """Convert a config to JSON values: tuples become lists, policies and infinity become text."""
     if isinstance(config, ArchitectureConfig):
         fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
         if "policy" in fields:
@@ -51,7 +51,7 @@ def as_json(config: Any) -> Any:
         return policy_text(config)
     if isinstance(config, dict):
         return {name: as_json(value) for name, value in config.items()}
-    if hasattr(config, "word"):  # of a registry: `name(key=value)` as on the command line
+    if hasattr(config, "word"):  # an entry of a registry: `name(key=value)`, as an option
         return text_of(config.word, config)
     if dataclasses.is_dataclass(config):
         return {
@@ -63,7 +63,7 @@ def as_json(config: Any) -> Any:
 
 
 def model_from_json(fields: Any) -> Any:
-    """Rebuild the config of a model from the JSON values that `as_json` made of it.
+    """Rebuild a model's config from the JSON object that `as_json` returned for the config.
 
     Raises:
         ValueError: `ARCHITECTURES` has no architecture of this name, the name is missing, or the
@@ -84,15 +84,15 @@ def model_from_json(fields: Any) -> Any:
 
 
 def from_json(kind: type[Any], fields: Any, name: str) -> Any:
-    """Rebuild a dataclass from the JSON values that `as_json` made of it.
+    """Rebuild a dataclass instance from the JSON object that `as_json` returned for it.
 
     Args:
-        kind: Class of the dataclass.
-        fields: Fields of the dataclass as JSON values, by name.
+        kind: Dataclass of the instance.
+        fields: JSON object, a mapping from field names to JSON values.
         name: Name of the object in error messages.
 
     Raises:
-        ValueError: A field is unknown, missing or of another type.
+        ValueError: A field is unknown, missing or of the wrong type.
     """
     return typed_json.from_json(kind, fields, name, _policy)
 

@@ -1,4 +1,4 @@
-"""Check the entries of registries, also those of plugins: a mistake is one line before any run."""
+"""Check the entries of registries, including plugins' entries, before any work begins."""
 
 import dataclasses
 import inspect
@@ -8,13 +8,13 @@ from thoughtbubbles import ARCHITECTURES, Architecture, ArchitectureConfig
 from thoughtbubbles.policies import POLICIES
 from thoughtbubbles.policy import check_policy
 
-# Either of each pair is to be written (`Architecture`).
+# A subclass of `Architecture` must define at least one method of each pair.
 _WRITTEN = (("embed_tokens", "run"), ("hidden_states", "run"), ("unembed", "logits"))
 _SEE = "docs/architecture.md has an example"
 
 
 def check_entries() -> None:
-    """Raise a ValueError for an entry of `ARCHITECTURES` or `POLICIES` that is incomplete."""
+    """Raise a one-line ValueError if an entry of `ARCHITECTURES` or `POLICIES` is incomplete."""
     for name, entry in ARCHITECTURES.items():
         _check_architecture(name, entry)
     for name, entry in POLICIES.items():
@@ -23,7 +23,7 @@ def check_entries() -> None:
 
 
 def check_dataclass(kind: str, name: str, entry: Any) -> None:
-    """Raise a ValueError for an entry that is not a dataclass, so that its options are unknown.
+    """Raise a ValueError unless an entry of a registry is a dataclass, whose fields are options.
 
     Args:
         kind: Noun for the entries of the registry, such as "policy".

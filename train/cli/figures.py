@@ -5,7 +5,11 @@ from pathlib import Path
 
 
 def check_figure(path: Path) -> None:
-    """Raise a ValueError if matplotlib, the path's folder or a known suffix is missing."""
+    """Raise a ValueError if matplotlib or the folder is missing, or the suffix is unsupported.
+
+    Args:
+        path: Image file to write, with the suffix .png, .pdf or .svg.
+    """
     if importlib.util.find_spec("matplotlib") is None:
         raise ValueError('a figure needs matplotlib: pip install "thoughtbubbles[notebooks]"')
     if not path.absolute().parent.is_dir():

@@ -1,4 +1,4 @@
-"""The command `thoughtbubbles`: its first word names a subcommand, whose module is imported."""
+"""Dispatch the command line `thoughtbubbles COMMAND` to the module of the subcommand."""
 
 import difflib
 import importlib
@@ -53,7 +53,7 @@ EXPERIMENTS = {
 
 
 def main() -> None:
-    """Run the subcommand that the first word names; a mistake prints one line, exit status 2."""
+    """Run the subcommand that the first argument names; an unknown name exits with status 2."""
     words = sys.argv[1:]
     if not words or words[0] in ("-h", "--help"):
         print(_help("thoughtbubbles COMMAND", {name: line for name, (_, line) in COMMANDS.items()}))

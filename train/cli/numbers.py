@@ -1,4 +1,4 @@
-"""Check numbers of a config before any work begins: numbers that are out of range are refused."""
+"""Check before any work begins that the numbers in a config are within their allowed ranges."""
 
 import dataclasses
 import math
@@ -7,15 +7,15 @@ from typing import Any
 from thoughtbubbles.fields import LARGEST, shown
 
 LARGEST_SEED = 2**63 - 1
-_LARGEST_FLOAT = 3e38  # of 32 bits
+_LARGEST_FLOAT = 3e38  # of float32, rounded down
 
 
 def check_least(config: Any, **least: float) -> None:
     """Raise a ValueError for an option that is below its minimum; None is always allowed.
 
     Args:
-        config: Config with the options; of a tuple each item is checked.
-        least: Minimum of each option, by name.
+        config: Config whose attributes are the options; every item of a tuple is checked.
+        least: Minimum of each option, as `name=minimum`.
     """
     for name, bound in least.items():
         value = getattr(config, name)
@@ -25,15 +25,15 @@ def check_least(config: Any, **least: float) -> None:
 
 
 def check_numbers(config: Any, above: str = "") -> None:
-    """Raise a ValueError for a number that is out of range for every option.
+    """Raise a ValueError if a number in a config is not finite or too large for any option.
 
-    Numbers must fit 32 bits, as sizes, steps and arrays do in JAX, and seeds 63 bits. Positive
-    infinity is allowed only for options that the class names in `may_be_infinite`, for which it
-    means that nothing is clipped.
+    Numbers must fit into 32 bits, like sizes, steps and arrays in JAX, and seeds into 63 bits.
+    Positive infinity is allowed only for options in `may_be_infinite` of the config's class, where
+    infinity disables clipping.
 
     Args:
-        config: Config to check, with the configs in its fields.
-        above: Prefix of the option names in messages, such as "model.".
+        config: Dataclass to check, including dataclasses nested in its fields.
+        above: Prefix of the option names in error messages, such as "model.".
     """
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
@@ -51,7 +51,7 @@ def check_numbers(config: Any, above: str = "") -> None:
 
 
 def infinite_options(config: Any) -> frozenset[str]:
-    """Names of the options of a config or its class for which infinity means no clipping."""
+    """Return the names of the options of a config, or of its class, that may be infinite."""
     return getattr(config, "may_be_infinite", frozenset())
 
 

@@ -1,4 +1,4 @@
-"""Rules by which the command line parses options of this project's types; imports tyro lazily."""
+"""Rules that tell tyro how to parse options of this project's types; tyro is imported lazily."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from tyro.constructors import PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 RULES: list[Callable[[Any], Any]] = []
-"""Functions that take an option from tyro and return how to parse it, or None for other options."""
+"""Functions from a tyro option to its parsing spec, or to None if the rule does not apply."""
 
 
 def option_rule(rule: Callable[[Any], Any]) -> Callable[[Any], Any]:
@@ -25,17 +25,17 @@ def one_word(
     read: Callable[[str], Any],
     show: Callable[[Any], str],
 ) -> PrimitiveConstructorSpec | None:
-    """Make the rule of an option whose value is one word on the command line.
+    """Make the parsing spec of an option whose value is one word on the command line.
 
     Args:
-        option: Option that tyro asks about.
+        option: Option to parse, as tyro describes it.
         types: Types that the value may have, besides None.
         metavar: Name of the value in the help.
-        read: Function from the word to the value; raises `ValueError` with one line.
+        read: Function from the word to the value, which raises a one-line `ValueError`.
         show: Function from a value to its word.
 
     Returns:
-        Rule for tyro, or None if the option may have values of other types.
+        Parsing spec for tyro, or None if the option may have values of other types.
     """
     from tyro.constructors import PrimitiveConstructorSpec
 
@@ -46,6 +46,6 @@ def one_word(
         nargs=1,
         metavar=metavar,
         instance_from_str=lambda words: read(words[0]),
-        is_instance=lambda value: True,  # the default is ours, and read() made the rest
+        is_instance=lambda value: True,  # defaults and results of read() are valid
         str_from_instance=lambda value: [show(value)],
     )

@@ -1,6 +1,6 @@
-"""Import a user's modules, which add to registries, before options are parsed: `--plugin mine`.
+"""Import plugins (`--plugin mine`), modules that extend registries, before options are parsed.
 
-A plugin is imported because the user names it, never because a checkpoint does.
+A plugin is imported only if the user names it, never because a checkpoint names it.
 """
 
 import importlib
@@ -24,10 +24,11 @@ def load_plugins(words: Sequence[str]) -> list[str]:
         words: Words of the command line.
 
     Returns:
-        The words without `--plugin` and its modules, for commands that keep no record of them.
+        Words of the command line without `--plugin` and its modules, for commands whose configs
+        have no field `plugin`.
 
     Raises:
-        ValueError: `--plugin` names no module, a module does not exist, or its import raises.
+        ValueError: `--plugin` names no module, or a module does not exist or fails to import.
     """
     names, others = _named(words)
     if not all(names):
@@ -60,15 +61,15 @@ def _root(name: str) -> str:
 
 
 def plugin_options(names: Sequence[str]) -> str:
-    """Format plugins as options to append to a command, with a space in front; "" for none."""
+    """Format plugins as an option to append to a command, with a leading space; "" for none."""
     return f" {OPTION} {' '.join(names)}" if names else ""
 
 
 def missing_plugins(config: Mapping[str, Any]) -> str:
-    """Write a hint for the error of a run that cannot be read: its plugins are not loaded.
+    """Return a hint for a run that cannot be loaded because its plugins are not imported.
 
     Args:
-        config: Config of the run, as it was saved.
+        config: Saved config of the run, a mapping from option names to JSON values.
 
     Returns:
         Text to append to the error message; "" if all plugins of the run are loaded.
@@ -82,9 +83,9 @@ def missing_plugins(config: Mapping[str, Any]) -> str:
 
 
 def _named(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Modules named as `--plugin a b` or `--plugin=a b`, and the other words.
+    """Return the modules named as `--plugin a b` or `--plugin=a b`, and all other words.
 
-    An option that no module follows gives an empty name.
+    A `--plugin` that no module follows gives an empty name.
     """
     names: list[str] = []
     others: list[str] = []

@@ -9,18 +9,18 @@ _LEFT_OUT = ("out",)  # the run folder is named after the preset
 
 
 def presets_text(presets: Mapping[str, Any], width: int | None = None) -> str:
-    """Write a heading and one line for each preset: its name, and the options that it changes.
+    """Format a heading and one line per preset: the preset's name, and the options it changes.
 
     Args:
-        presets: Configs by name, of one class; the first is the default.
+        presets: Mapping from names to configs of one class; the first config is the default.
         width: Maximum number of characters of a line; None takes the width of the terminal. If not
-            all options fit, the line ends with the number of the missing options.
+            all options fit, the line ends with the number of omitted options.
     """
     width = width or shutil.get_terminal_size().columns
     default, *others = presets
     indent = max(map(len, presets)) + 4
     changes = {name: dict(differences(presets[default], presets[name])) for name in others}
-    # Options that tell the presets apart come first: sizes before what all large ones share.
+    # Options with many different values come first: sizes before what all large presets share.
     values: dict[str, set[str]] = {}
     for option, value in (item for found in changes.values() for item in found.items()):
         values.setdefault(option, set()).add(value)
@@ -34,7 +34,7 @@ def presets_text(presets: Mapping[str, Any], width: int | None = None) -> str:
 
 
 def differences(first: Any, other: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Yield each option in which `other` differs from `first`: dotted name, value in `other`."""
+    """Yield the dotted name and the value in `other` of each option that differs in `first`."""
     for field in dataclasses.fields(first):
         before, now = getattr(first, field.name), getattr(other, field.name)
         if before == now or (not prefix and field.name in _LEFT_OUT):
@@ -47,7 +47,7 @@ def differences(first: Any, other: Any, prefix: str = "") -> Iterator[tuple[str,
 
 
 def _fitting(changes: list[str], width: int) -> str:
-    """Join as many changes as fit into a line, then the number of the missing ones."""
+    """Join as many changes as fit into a line, and append the number of omitted changes."""
     for shown in range(len(changes), 0, -1):
         left = len(changes) - shown
         text = ", ".join(changes[:shown]) + (f", and {left} more" if left else "")

@@ -1,4 +1,4 @@
-"""The console script `thoughtbubbles`: large arrays in huge pages, then the command."""
+"""Entry point of the console script `thoughtbubbles`, which enables huge pages for arrays."""
 
 import contextlib
 import os
@@ -12,18 +12,18 @@ _HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
 def start() -> None:
-    """Run the command of `train.cli.main`, where it helps in a process that is begun anew.
+    """Run `train.cli.main`, in a re-executed process with huge pages where these are faster.
 
-    On a CPU, XLA allocates the temporaries of a program at each call, and the system gives them out
-    in new pages of zeros: a third of the time of a small training step, if pages have 4 KiB. glibc
-    (2.35 or later) asks Linux for pages of 2 MiB only if the environment says so when a process
-    begins; processes that it starts inherit that. Nothing is done where the environment sets
-    `GLIBC_TUNABLES`, where the system gives huge pages to all or to nobody, or under a debugger,
-    which would lose the process.
+    On a CPU, XLA allocates the temporaries of a program at each call, in new pages that Linux fills
+    with zeros. With pages of 4 KiB, this takes a third of the time of a small training step.
+    glibc (2.35 or later) requests pages of 2 MiB only if an environment variable is set when a
+    process begins; child processes inherit the variable. The process is not re-executed if the
+    environment sets `GLIBC_TUNABLES`, if Linux gives huge pages to all processes or to none, or
+    under a debugger, which would lose the process.
     """
     chosen = _TUNABLES in os.environ or _BEGUN in os.environ or sys.gettrace() is not None
     if not chosen and _can_have_huge_pages():
-        # A process may lose variables of glibc, but not ours, so it begins anew only once.
+        # glibc's variable may be lost, but not _BEGUN, so a process is re-executed only once.
         environment = {**os.environ, _TUNABLES: "glibc.malloc.hugetlb=1", _BEGUN: "1"}
         with contextlib.suppress(OSError):
             os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)

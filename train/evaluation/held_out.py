@@ -1,4 +1,4 @@
-"""Held-out loss of packed rows, scored prefix by prefix if the model's policy is not causal."""
+"""Held-out loss of packed rows, also scored prefix-only if the model's policy is not causal."""
 
 import collections
 import math
@@ -30,19 +30,19 @@ from train.engine.state import Trainable, make_trainable
 from train.models.load import LoadedRun, keep_tokenizer
 from train.runs.metadata import why_other_data
 
-_OF_DATA = ("config", "data_fingerprint", "python", "sources")  # fields of a run
+_OF_DATA = ("config", "data_fingerprint", "python", "sources")  # fields of a run about its data
 
 
 class Evaluator:
-    """Scorer of packed rows with a model's parameters, whose functions are compiled once.
+    """Scorer of packed rows with a model's parameters; its functions are compiled once.
 
-    A teacher-forced pass scores all positions of a row at once. For a policy that looks at the
-    whole row (`TopK`), the result is not the loss of an autoregressive model. For such a policy, a
-    sample of positions is also scored with only the prefix of each as input.
+    A teacher-forced forward pass scores all positions of a row at once. For a policy that looks at
+    the whole row (`TopK`), the result is not the loss of an autoregressive model. For this kind of
+    policy, a sample of positions is also scored with only the prefix of each position as input.
 
     Args:
-        trainable: What stays the same in a run: structure of the model, mesh and shardings.
-        batch_size: Number of rows in a pass.
+        trainable: Static side of a run: structure of the model, mesh and shardings.
+        batch_size: Number of rows in a forward pass.
         config: Number of rows and positions to score.
     """
 
@@ -54,7 +54,7 @@ class Evaluator:
         everywhere = replicated(self._mesh)
 
         def teacher_forced(weights: Any, rows: jax.Array) -> tuple[jax.Array, dict[str, Any]]:
-            """Compute nats `[N, T]` of N rows, and the architecture's sums `[N]` over each row."""
+            """Compute nats `[N, T]` of N rows, and the `row_statistics` `[N]` of the rows."""
             model = trainable.model(weights)
             nats, output = model.token_losses(rows)
             return nats, model.row_statistics(output)
@@ -74,25 +74,25 @@ class Evaluator:
         self._prefix_only = jax.jit(prefix_only, in_shardings=shardings, out_shardings=everywhere)
 
     def __call__(self, weights: Any, rows: PackedRows) -> dict[str, float]:
-        """Compute the metrics of a sample of rows, spread over the split.
+        """Compute the metrics of a sample of rows that are evenly spaced over the split.
 
         For a policy that is not causal, `loss` is the teacher-forced mean over all positions, plus
         the mean difference between prefix-only and teacher-forced nats at the sampled positions.
 
         The sources of a mixture are scored one by one. Metrics of the mixture are means over
-        sources, with the weights at the end of the mixture's schedule.
+        sources, with the mixture weights at the end of the mixture's schedule.
 
         Args:
-            weights: nnx.State of the model's weights, `TrainState.weights`.
+            weights: State of the model's parameters (`TrainState.weights`).
             rows: Rows of the split.
 
         Returns:
-            Metrics by name: `loss` (nats per token) and `bits_per_byte` of the autoregressive
-            model; `standard_error` of `loss` as an estimate for the whole split, 0 if all rows and
-            positions are scored; `streams_per_token`, the mean after the last block of a model that
-            forks. For a policy that is not causal also the teacher-forced `blockwise_loss` and
-            `blockwise_bits_per_byte`. For a mixture also the metrics of each source, as
-            `source/NAME/...`.
+            Mapping from names to metrics: `loss` (nats per token) and `bits_per_byte` of the
+            autoregressive model; `standard_error` of `loss` as an estimate for the whole split, 0
+            if all rows and positions are scored; and `streams_per_token`, the mean after the last
+            block, of a model that forks. A policy that is not causal also has the teacher-forced
+            `blockwise_loss` and `blockwise_bits_per_byte`. A mixture also has the metrics of each
+            source, as `source/NAME/...`.
         """
         if isinstance(rows, JoinedRows):
             scored = {name: self(weights, part) for name, part in rows.parts.items()}
@@ -145,12 +145,12 @@ class Evaluator:
         return np.sort(np.random.default_rng(0).choice(count, positions, replace=False))
 
     def _score_prefixes(self, weights, tokens, row, position) -> np.ndarray:
-        """Compute nats `[N]` of targets `position` of rows `row`, each from its prefix alone."""
+        """Compute nats `[N]` of the targets at `row`, `position`, with only prefixes as input."""
         scores = []
         for start in range(0, len(row), self._batch_size):
             part = slice(start, start + self._batch_size)
             prefixes = np.full((self._batch_size, tokens.shape[1]), -1, np.int32)
-            prefixes[:, :2] = 0  # filler rows are two tokens long
+            prefixes[:, :2] = 0  # rows that pad the batch are two tokens long
             ends = position[part] + 1
             for index, (source, end) in enumerate(zip(row[part], ends, strict=True)):
                 prefixes[index] = -1
@@ -166,11 +166,12 @@ def over_sources(
     """Combine the metrics of sources into metrics of their mixture.
 
     Args:
-        scored: Metrics of each source, by its name.
-        weights: Fraction of each source in the mixture's tokens, by its name.
+        scored: Mapping from the name of a source to its metrics.
+        weights: Mapping from the name of a source to its fraction of the mixture's tokens.
 
     Returns:
-        Metrics of the mixture by name, and of each source as `source/NAME/...`.
+        Mapping from names to metrics of the mixture and, as `source/NAME/...`, to metrics of each
+        source.
     """
     found: dict[str, float] = {}
     for name in next(iter(scored.values())):
@@ -178,9 +179,9 @@ def over_sources(
     errors = [weights[source] * of["standard_error"] for source, of in scored.items()]
     found["standard_error"] = math.hypot(*errors)
     for prefix in {name.removesuffix("bits_per_byte") for name in found if "bits_per_" in name}:
-        # Bytes of a token are loss / ln 2 / bits_per_byte in each source.
+        # In each source, the number of bytes per token is loss / ln 2 / bits_per_byte.
         loss, bits = f"{prefix}loss", f"{prefix}bits_per_byte"
-        if all(of[bits] for of in scored.values()):  # else nothing says how many bytes they have
+        if all(of[bits] for of in scored.values()):  # else the number of bytes is unknown
             num_bytes = sum(weights[source] * of[loss] / of[bits] for source, of in scored.items())
             found[bits] = found[loss] / num_bytes
     for source, metrics in scored.items():
@@ -189,7 +190,7 @@ def over_sources(
 
 
 def _error_of_mean(nats: np.ndarray, weight: np.ndarray, rows_in_split: int) -> float:
-    """Compute the standard error of the mean over targets, if whole rows are sampled.
+    """Compute the standard error of the mean nats over targets, for a sample of whole rows.
 
     Returns:
         Standard error; 0 if fewer than two rows, or all rows of the split, were scored.
@@ -226,7 +227,7 @@ def _is_source(name: str) -> bool:
 
 
 def validation_rows(loaded: LoadedRun) -> PackedRows:
-    """Load the held-out rows of a run from the data cache, or prepare them again from its corpus.
+    """Load the held-out rows of a run from the data cache, or prepare the corpus of the run again.
 
     Raises:
         ValueError: The run was fine-tuned and has no corpus, its config has fields that a newer
@@ -264,7 +265,7 @@ def held_out(
     Args:
         model: Model to score.
         rows: Rows of the held-out split.
-        batch_size: Number of rows in a pass.
+        batch_size: Number of rows in a forward pass.
         config: Number of rows and positions to score.
     """
     mesh = make_mesh(MeshConfig())

@@ -17,7 +17,7 @@ from train.models.load import LanguageModel, load_model, load_weights
 try:
     from lm_eval.api import model as harness  # pyright: ignore[reportMissingImports]
 except ImportError:
-    harness = None  # everything here can be imported without it, and nothing be run
+    harness = None  # without the harness, this module can be imported but not used
 
 LM: Any = object if harness is None else harness.LM
 INSTALL = 'the evaluation harness is not installed: pip install lm_eval, or the extra "lm-eval"'
@@ -29,7 +29,7 @@ class Decoding:
     """Decoding options of a request, from the harness's `generation_kwargs`.
 
     Attributes:
-        until: Stop strings; a text ends before the first one that it contains.
+        until: Stop strings; a generated text is truncated before the first stop string in it.
         max_new_tokens: Maximum number of new tokens.
         temperature: Sampling temperature; 0 decodes greedily.
         top_k: Number of most probable tokens to sample from; None samples from all.
@@ -52,7 +52,7 @@ class Decoding:
         Args:
             options: Dict `generation_kwargs` of the harness: `until`, `do_sample`, `temperature`,
                 `max_gen_toks` or another name in `MAX_NEW_TOKENS`, `top_k`, `top_p`, `min_p`.
-            max_new_tokens: Maximum number of new tokens if the options name none.
+            max_new_tokens: Maximum number of new tokens if the options set no maximum.
 
         Raises:
             ValueError: An option is not known.
@@ -85,15 +85,16 @@ class HarnessModel(LM):
     Args:
         model: Pretrained weights: "smollm2", a Hugging Face folder, or a .gguf file.
         checkpoint: Folder of a run, in place of `model`.
-        lm: Loaded model, in place of both.
+        lm: Loaded model, in place of `model` and `checkpoint`.
         batch_size: Number of rows of a forward pass; "auto" stands for 16.
-        max_length: Maximum number of tokens of a row; by default as many as the model was trained
-            on.
-        max_gen_toks: Maximum number of new tokens in tasks that don't set it.
+        max_length: Maximum number of tokens of a row; by default the context length that the model
+            was trained with.
+        max_gen_toks: Maximum number of new tokens in tasks that don't set a maximum.
         seed: Seed of the sampling noise.
         chat: Whether contexts are conversations rendered by the model's chat template. Special
-            tokens spelled out in them are then encoded as special tokens, and no token is put in
-            front. Set it exactly if the harness is called with `apply_chat_template`.
+            tokens that a context spells out are then encoded as special tokens, and no token is
+            prepended. `chat` must be set if, and only if, the harness is called with
+            `apply_chat_template`.
         plugin: Names of modules, separated by "+", that are imported before the model is loaded,
             such as one that defines a run's fork policy (as `thoughtbubbles harness --plugin`).
         device: Option that the harness passes to every model; jax chooses the device.
@@ -146,7 +147,7 @@ class HarnessModel(LM):
         """Score the continuation of each request after its context.
 
         Returns:
-            Pairs of log-probability in nats, and whether greedy decoding writes the continuation.
+            Pairs: the log-probability in nats, and whether greedy decoding gives the continuation.
         """
         self._scorer.quiet = disable_tqdm
         scores = self._scorer([request.args for request in requests])
@@ -161,10 +162,10 @@ class HarnessModel(LM):
         return self._done("loglikelihood_rolling", requests, [s.log_prob for s in scores])
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """Continue the context of each request up to the first of its stop strings.
+        """Generate a continuation of each request's context, up to the request's first stop string.
 
         Decoding stops early only at a token that contains a stop string. If a stop string spans
-        several tokens, decoding goes on, and the text is truncated afterwards.
+        several tokens, decoding continues, and the text is truncated afterwards.
         """
         del disable_tqdm
         groups: dict[Decoding, list[int]] = {}
@@ -191,7 +192,7 @@ class HarnessModel(LM):
         Args:
             chat_history: Messages, the oldest first.
             add_generation_prompt: Whether the text ends with the tokens that open the model's
-                answer. Otherwise it ends with the content of the last message.
+                answer. Otherwise the text ends with the content of the last message.
 
         Raises:
             ValueError: The model has no chat template, or was not loaded with `chat=True`.
@@ -238,7 +239,7 @@ class HarnessModel(LM):
         return tokenizer
 
     def _prompt(self, context: str, decoding: Decoding) -> list[int]:
-        """Encode a context; its oldest ids are dropped if new tokens would exceed `max_length`."""
+        """Encode a context, truncated on the left so that new tokens fit into `max_length`."""
         ids, longest = self._scorer.encode(context), self._scorer.max_length
         if longest is None:
             return ids
@@ -269,7 +270,7 @@ class HarnessModel(LM):
         return [cut(text, until) for text in texts]
 
     def _stop_ids(self, text: str) -> list[int]:
-        """Return the ids of all tokens that contain a stop string or are spelled like it."""
+        """Return the ids of tokens that contain a stop string, or are spelled like this string."""
         if text not in self._stops:
             tokenizer = self._lm.tokenizer
             ids = range(tokenizer.vocab_size)
@@ -287,7 +288,7 @@ class HarnessModel(LM):
 
 
 def chat_encoder(tokenizer: PretrainedTokenizer) -> Callable[[str], list[int]]:
-    """Return an encoder of texts in which special tokens are spelled out, as templates do it.
+    """Return a function that encodes texts with spelled-out special tokens, as in chat templates.
 
     An empty text is encoded as the separator.
     """

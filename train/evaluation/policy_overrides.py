@@ -20,9 +20,10 @@ def override_policy(
 
     Args:
         policy: Policy of a trained model.
-        ratio: Streams per token; None keeps the policy's.
-        window: Number of tokens among which `PrefixRank` ranks; None keeps the policy's.
-        threshold_offset: Offset added to the threshold of `Threshold`; None keeps the policy's.
+        ratio: Streams per token; None keeps the policy's ratio.
+        window: Number of tokens among which `PrefixRank` ranks; None keeps the policy's window.
+        threshold_offset: Offset added to the threshold of `Threshold`; None keeps the policy's
+            offset.
 
     Raises:
         ValueError: The policy lacks the option, or the value is out of range.
@@ -83,8 +84,8 @@ def table(settings: Sequence[Setting]) -> str:
 def figure(settings: Sequence[Setting], title: str, trained: Policy) -> "Figure":
     """Plot held-out bits per byte against streams per token, one point for each setting.
 
-    Bars are one standard error of the estimate for the whole split. All settings are scored on the
-    same rows, so that differences between points are more certain than the bars suggest.
+    Error bars are one standard error of the estimate for the whole split. All settings are scored
+    on the same rows, so that differences between points are more certain than the bars suggest.
 
     Args:
         settings: Settings in the order in which a line connects them.

@@ -16,7 +16,7 @@ from train.models.load import LanguageModel
 from train.models.text_memory import check_text_memory, memory_errors
 
 SHORTEST_ROW = 16
-AT_ONCE = 8  # positions of a row whose logits are held together
+AT_ONCE = 8  # number of positions of a row whose logits are in memory at the same time
 
 
 class Row(NamedTuple):
@@ -36,7 +36,7 @@ class Score(NamedTuple):
 
     Attributes:
         log_prob: Log-probability of the continuation, in nats.
-        greedy: Whether each token of the continuation is the most probable one.
+        greedy: Whether each token of the continuation is the most probable token.
         tokens: Number of tokens of the continuation.
     """
 
@@ -48,21 +48,21 @@ class Score(NamedTuple):
 class Scorer:
     """Scorer of texts with a model; it compiles one program for each power of two in row length.
 
-    Each token is scored given its prefix only. A causal model scores a row in one pass, or block by
-    block if one pass would need much memory. For a policy that looks at the whole row (`TopK`),
-    each scored token becomes a row that ends with it. Except for float rounding, the score of a row
-    does not depend on the other rows of its batch.
+    Each token is scored given its prefix only. A causal model scores a row in one forward pass, or
+    block by block if one pass would need much memory. For a policy that looks at the whole row
+    (`TopK`), each scored token gets a row of its own, which ends with this token. Except for float
+    rounding, the score of a row does not depend on the other rows of its batch.
 
     Args:
         lm: Model and tokenizer.
-        batch_size: Number of rows in a pass; a smaller batch is padded to it.
-        max_length: Number of tokens that the model reads at a time; by default the context length
-            that it was trained with, if known.
+        batch_size: Number of rows in a forward pass; smaller batches are padded to this number.
+        max_length: Maximum number of tokens that the model reads at a time; by default the context
+            length that the model was trained with, or no limit if that length is unknown.
         quiet: Whether to hide the progress bars.
 
     Attributes:
-        encode: Function from a text to be continued to its token ids: `lm.prompt`, unless replaced
-            for texts in a chat template.
+        encode: Function that encodes a context as token ids: `lm.prompt`, unless replaced for
+            contexts in a chat template.
         truncated: Number of rows so far whose context was truncated on the left.
 
     Raises:
@@ -93,8 +93,8 @@ class Scorer:
         """Score (context, continuation) pairs.
 
         Raises:
-            ValueError: A continuation adds no token to its context, or more than `max_length`, a
-                score is NaN, or the rows don't fit into memory.
+            ValueError: A continuation adds no token to its context, or more than `max_length`
+                tokens; a score is NaN; or the rows don't fit into memory.
         """
         return self.score([self.row(*pair) for pair in pairs])
 
@@ -102,11 +102,12 @@ class Scorer:
         """Encode a context and a continuation as one text, and find where the continuation begins.
 
         Spaces at the end of the context are moved to the continuation, since tokens of words begin
-        with a space. An empty context has only the ids that `encode` gives an empty text. A context
-        that is too long for `max_length` is truncated on the left.
+        with a space. An empty context has the ids `encode("")`. A context that is too long for
+        `max_length` is truncated on the left.
 
         Raises:
-            ValueError: The continuation adds no token to the context, or more than `max_length`.
+            ValueError: The continuation adds no token to the context, or more than `max_length`
+                tokens.
         """
         kept = context.rstrip()
         continuation = context[len(kept) :] + continuation
@@ -129,11 +130,11 @@ class Scorer:
         return self._cut(Row(ids, len(before)))
 
     def rolling(self, texts: Sequence[str]) -> list[Score]:
-        """Score whole texts, each after the ids that `encode` gives an empty text.
+        """Score whole texts, each with the ids `encode("")` as its context.
 
         A text longer than `max_length` is read in windows of `max_length` tokens, so that each
-        token is scored once. The last window begins early enough to be full. An empty text scores
-        0.
+        token is scored once. The last window begins early enough to be full. An empty text has
+        log-probability 0.
         """
         before = self.encode("")
         rows, counts = [], []
@@ -184,13 +185,13 @@ class Scorer:
         return Row(row.ids[more:], row.start - more)
 
     def _width(self, row: Row) -> int:
-        """Input length of the program that scores the row."""
+        """Return the number of input tokens of the compiled program that scores the row."""
         width = max(SHORTEST_ROW, 1 << (len(row.ids) - 2).bit_length())
         return width if self.max_length is None else min(width, self.max_length)
 
     def _pass(self, rows: list[Row], width: int) -> list[Score]:
         tokens = np.full((self._batch_size, width + 1), -1, np.int32)
-        tokens[:, 0] = 0  # a filler row reads one token and has nothing to score
+        tokens[:, 0] = 0  # a row that pads the batch has one input token and no scored token
         start = np.ones(self._batch_size, np.int32)
         for index, row in enumerate(rows):
             tokens[index, : len(row.ids)] = row.ids
@@ -207,7 +208,7 @@ class Scorer:
         return [Score(-total, hit, len(row.ids) - row.start) for row, total, hit in found]
 
     def _in_blocks(self, tokens: np.ndarray, start: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Compute nats `[B]` float64 of rows block by block, and whether all tokens lead, `[B]`."""
+        """Compute `[B]` nats float64 of rows block by block, and whether greedy decoding agrees."""
         model, width = decoding_form(self._lm.model, None), tokens.shape[1] - 1
         end = (tokens >= 0).sum(axis=1, dtype=np.int32)
         totals, greedy = np.zeros(len(tokens)), np.ones(len(tokens), bool)
@@ -216,7 +217,7 @@ class Scorer:
             size = block.shape[1]
             targets = tokens[:, place.start + 1 : place.stop + 1]
             targets = np.pad(targets, ((0, 0), (0, size - targets.shape[1])))
-            # Of the positions of this block, those that predict a scored token.
+            # Range of positions within this block that predict a scored token.
             first, last = (np.clip(n - 1 - place.start, 0, size) for n in (start, end))
             cache, nats, leads = score_block(model, cache, block, targets, count, first, last)
             np.add(totals, np.asarray(nats, np.float64).sum(axis=1), out=totals)
@@ -238,7 +239,7 @@ class Scorer:
 def score_rows(
     model: Architecture, tokens: jax.Array, start: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Compute the nats of the last tokens of each row, from index `start` on.
+    """Compute the nats of the tokens of each row from index `start` to the end of the row.
 
     Logits are computed for a few positions at a time, and only where a token is scored.
 
@@ -249,8 +250,8 @@ def score_rows(
 
     Returns:
         Nats `[B, T']` float32 with T' >= T, in which column 0 belongs to the first scored token and
-        columns after the last one are 0; and whether each scored token of a row is the most
-        probable one, `[B]` bool.
+        columns after the last scored token are 0; and whether each scored token of a row is the
+        most probable token, `[B]` bool.
     """
     end = (tokens >= 0).sum(axis=1, dtype=jnp.int32)
     output = model.run(jnp.maximum(tokens[:, :-1], 0), jnp.maximum(end - 1, 1))
@@ -267,20 +268,20 @@ def score_block(
     start: jax.Array,
     end: jax.Array,
 ) -> tuple[Any, jax.Array, jax.Array]:
-    """Compute what `score_rows` does for one block of rows whose earlier tokens are in a cache.
+    """Score one block of `C` tokens per row, as `score_rows` does, with earlier tokens in a cache.
 
     Args:
         model: Model that can be decoded with a cache.
-        cache: Cache of the earlier tokens, which is donated.
+        cache: Decoding cache of the earlier tokens, which is donated.
         tokens: Token ids `[B, C]` int32 of the block.
-        targets: Token ids `[B, C]` int32 that follow each token of the block.
-        count: Number `[B]` int32 of real tokens of the block; the rest is padding.
+        targets: Next token id `[B, C]` int32 of each token of the block.
+        count: Number `[B]` int32 of real tokens of the block, which padding follows.
         start: First position `[B]` int32 of the block whose target is scored.
-        end: Position `[B]` int32 after the last one whose target is scored.
+        end: Last position whose target is scored, plus 1, `[B]` int32.
 
     Returns:
-        Cache that includes the block, then nats and whether all scored tokens are the most probable
-        ones, as in `score_rows`.
+        Cache that includes the block; then nats, and whether each scored token is the most probable
+        token, as in `score_rows`.
     """
     output, cache = model.advance(cache, tokens, count)
     return cache, *_nats(model, output, targets, start, end)
@@ -289,7 +290,7 @@ def score_block(
 def _nats(
     model: Architecture, output: Any, targets: jax.Array, start: jax.Array, end: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Compute what `score_rows` returns for targets of positions `start` to `end - 1`, `[B]`."""
+    """Compute what `score_rows` returns, for the targets of positions `start` to `end - 1`."""
 
     def at(position: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Compute nats `[B]` of one target per row, and whether it is the most probable token."""

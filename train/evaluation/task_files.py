@@ -21,7 +21,7 @@ class Item:
 
     Attributes:
         context: Text before the choices, which is not scored; may be empty.
-        choices: Texts to choose from; in a cloze, the one text that is to be predicted.
+        choices: Texts to choose from; in a cloze, the single text that is to be predicted.
         gold: Index of the right choice.
         line: Line of the item in its file, from 1.
     """
@@ -33,18 +33,18 @@ class Item:
 
     @property
     def continuations(self) -> list[str]:
-        """The choices as they follow the context, each with a space in front."""
+        """The choices as continuations of the context, each with a space in front."""
         return [f" {choice}" for choice in self.choices]
 
 
 @dataclasses.dataclass(frozen=True)
 class Format:
-    """A format of records.
+    """A format of the records in task files, such as the format of one benchmark.
 
     Attributes:
         name: Name of the format.
         fields: Fields by which the format is recognised. Each entry is a tuple of alternative
-            names, of which a record must have at least one.
+            names; a record must have at least one of these names.
         read: Function from a record to its context, its choices and the index of the right choice;
             it raises a `ValueError` for a record with a mistake.
     """
@@ -61,12 +61,12 @@ class Format:
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """A task: the items of a file.
+    """A benchmark task: the items of one task file.
 
     Attributes:
         name: Name of the task in reports.
         path: Path of the file.
-        format: Name of the format of its records.
+        format: Name of the format of the file's records.
         items: Items in the order of the file.
     """
 
@@ -77,7 +77,7 @@ class Task:
 
     @property
     def cloze(self) -> bool:
-        """Whether each item has a single text, which is to be predicted, in place of choices."""
+        """Whether each item has a single text that is to be predicted, instead of choices."""
         return self.format == "lambada"
 
 
@@ -213,7 +213,7 @@ def _read_choices(record: Record) -> tuple[str, list[str], int]:
     return _text(record, *CONTEXTS), choices, _gold(record, GOLDS, choices)
 
 
-# A record has the first format whose fields it has.
+# The format of a record is the first format in this order whose fields the record has.
 FORMATS = (
     Format(
         "hellaswag",

@@ -74,14 +74,14 @@ class Answer:
 
 
 def answers(scorer: Scorer, tasks: Sequence[Task]) -> list[list[Answer]]:
-    """Score the items of tasks; rows of all tasks share batches.
+    """Score the items of tasks, with the rows of all tasks in the same batches.
 
     Args:
         scorer: Scorer of the model.
         tasks: Tasks whose items are scored.
 
     Returns:
-        Answers to the items of each task, in their order.
+        Answers to the items of each task, in the order of tasks and items.
 
     Raises:
         ValueError: An item can't be scored (`Scorer.row`). The message names its file and line,
@@ -143,7 +143,7 @@ def task_table(summaries: Mapping[str, Mapping[str, Any]]) -> str:
     """Format a text table with a line for each metric of each task.
 
     Args:
-        summaries: Results of `summary`, by the name of the task.
+        summaries: Mapping from the name of a task to the result of `summary`.
     """
     width = max(len("task"), *map(len, summaries))
     lines = [f"{'task':{width}}  {'items':>6}  {'metric':10}  {'value':>9}   standard error"]

@@ -1,1 +1,1 @@
-"""Experiments of docs/measured.md, each a command that gives its results again."""
+"""Experiments of docs/measured.md, each a command that reproduces its results."""

@@ -1,12 +1,13 @@
-"""Why more rollouts of a problem help (BroRL): a simulated choice among many tokens.
+"""Simulate why more rollouts per problem help (BroRL), on a policy that chooses a single token.
 
 python -m train.experiments.broadening --out broadening.jsonl --figure broadening.png
 python -m train.experiments.broadening --report broadening.jsonl --figure broadening.png
 
-The logits of one choice are trained with 4 to 5120 rollouts a step, each time for the same number
-of optimizer steps (`train.rl.learning.mass_balance.simulate`). More rollouts move more probability
-to correct tokens. With many rollouts no correct token loses probability, since the unsampled
-coupling, the third term of the mass balance, has vanished. Runs on a CPU in seconds.
+The logits of the policy are trained with 4 to 5120 rollouts per step, for the same number of
+optimizer steps in each run (`train.rl.learning.mass_balance.simulate`). More rollouts per step move
+more probability to the correct tokens. With many rollouts no correct token loses probability, since
+the unsampled coupling, the third term of the mass balance, vanishes. The experiment takes seconds
+on a CPU.
 """
 
 import dataclasses
@@ -34,10 +35,10 @@ from train.rl.learning.mass_balance import mass_balance, simulate, unsampled_mas
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-POINTS = 20  # of a curve in the results
-RATES = (0.001, 0.01, 0.1)  # probabilities of a token, of the figure
-CHOICE = (0.5, 0.0, -0.3, 1.0, 0.2, -0.5)  # logits of the figure, of which half are correct
-BATCHES = 400  # of which terms are averaged
+POINTS = 20  # number of points of a curve in the results, after the first point at step 0
+RATES = (0.001, 0.01, 0.1)  # token probabilities for the figure's panel of unsampled mass
+CHOICE = (0.5, 0.0, -0.3, 1.0, 0.2, -0.5)  # logits for the panel of terms; first half correct
+BATCHES = 400  # number of batches of rollouts over which the terms are averaged
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Broadening(StudyConfig):
     """Simulates training with several numbers of rollouts, or reports stored simulations.
 
     Attributes:
-        rollouts: Numbers of rollouts of a step (N).
+        rollouts: Numbers of rollouts per step (N) to compare.
         tokens: Number of tokens to choose from.
         correct: Number of correct tokens.
         steps: Number of optimizer steps.
@@ -68,7 +69,7 @@ class Broadening(StudyConfig):
 
 
 def main(config: Broadening) -> None:
-    """Simulate what is missing, or print the table; draw the figure if a file is given."""
+    """Run the missing simulations, or print the table; draw the figure if a file is given."""
     if config.figure:
         check_figure(Path(config.figure))
     run_study(config, ("rollouts", "seed", "tokens", "correct", "steps"), simulate_missing, report)
@@ -104,7 +105,10 @@ def simulate_missing(config: Broadening, results: Results) -> Iterator[tuple[Res
 
 
 def report(results: list[Result]) -> str:
-    """Format a Markdown table by number of rollouts: means over seeds ± their standard errors."""
+    """Format a Markdown table with a row for each number of rollouts.
+
+    Cells are means over seeds ± standard errors, except the worst change, a minimum over seeds.
+    """
     rows = []
     for (count,), of_count in by_key(results, "rollouts").items():
         column = lambda name, of_count=of_count: [result[name] for result in of_count]  # noqa: E731
@@ -126,10 +130,10 @@ def report(results: list[Result]) -> str:
 
 
 def expected_terms(count: int, seed: int = 0) -> np.ndarray:
-    """Average the three terms of the mass balance of `CHOICE` over batches of rollouts, `[3]`.
+    """Estimate the expected terms `[3]` of the mass balance for the logits `CHOICE`.
 
     Args:
-        count: Number of rollouts (N).
+        count: Number of rollouts per batch (N); the terms are averaged over `BATCHES` batches.
         seed: Seed of the rollouts.
     """
     logits = np.array(CHOICE)

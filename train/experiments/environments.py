@@ -1,14 +1,14 @@
-"""Scores of random, scripted and trained players in environments.
+"""Compare the scores of random, scripted and trained players in environments.
 
 python -m train.experiments.environments --episodes 500
 python -m train.experiments.environments --environments guess_number --arms "ppo(gamma=0.9)" grpo
 python -m train.experiments.environments --report environments.jsonl
 
-A trained player is a small decoder of bytes. It is first trained on episodes of the random player,
-so that it knows how actions are written, and then by a method of `train.rl`. All arms of an
-environment and seed begin with the same weights and take equally many rollouts in a step (methods
-with dynamic sampling generate more). Trained players are scored with sampled actions, as in
-training. Each score is a line of the file; a second call plays and trains only what is missing.
+A trained player is a small byte-level decoder. It is first trained on episodes of the random
+player, so that it learns how actions are written, and then by a method of `train.rl` (an arm). All
+arms of an environment and seed start from the same parameters and use equally many rollouts per
+step (methods with dynamic sampling generate more). Trained players are scored with sampled actions,
+as in training. Each score is one line of the file; a second call computes only missing scores.
 """
 
 import dataclasses
@@ -58,8 +58,8 @@ PLAYERS = ("random", "scripted")
 MODEL = ModelConfig(
     vocab_size=ByteTokenizer.vocab_size, embed_dim=64, num_layers=2, num_heads=4, mlp_dim=256
 )
-SHOWN = 256  # episodes of the random player that trained players first learn from
-ROWS = 64  # of a supervised step
+SHOWN = 256  # number of the random player's episodes that supervised training uses
+ROWS = 64  # number of rows in a supervised step
 MAX_NEW_TOKENS = 8
 MAX_OBSERVATION = 64
 BEFORE = "before"
@@ -72,16 +72,16 @@ class Experiment(StudyConfig):
     """Scores the random, the scripted and trained players on each environment's training problems.
 
     Attributes:
-        environments: Environments with their options; by default all that have a random player.
+        environments: Environments with their options; by default all with a random player.
         episodes: Number of episodes that each player is scored on.
-        seeds: Seeds of the order of problems, of the players and of trained weights.
-        arms: Methods of `train.rl` with their options; each trains a player in each environment. By
-            default there are none.
-        supervised: Number of optimizer steps on episodes of the random player.
+        seeds: Seeds of the order of problems, of the players and of training.
+        arms: Methods of `train.rl` with their options; each method trains one player in each
+            environment. By default no player is trained.
+        supervised: Number of supervised steps on episodes of the random player, before each method.
         steps: Number of training steps of each method.
-        batch_size: Number of problems of a step.
-        num_generations: Number of episodes of each problem.
-        learning_rate: Peak learning rate of each method; brorl scales it.
+        batch_size: Number of problems in a training step.
+        num_generations: Number of episodes of each problem in a training step.
+        learning_rate: Peak learning rate of each method; the method brorl scales this rate.
     """
 
     environments: tuple[str, ...] = tuple(
@@ -104,7 +104,7 @@ class Experiment(StudyConfig):
 
 
 def main(config: Experiment) -> None:
-    """Play and train what is missing, or print the table.
+    """Score the players that the file of results lacks, or print the table.
 
     Raises:
         ValueError: An environment is unknown or has no random player.
@@ -115,9 +115,10 @@ def main(config: Experiment) -> None:
 
 
 def play_missing(config: Experiment, results: Results) -> Iterator[tuple[Result, str]]:
-    """Play and train the players that `results` lacks; yield each result with a line to print.
+    """Score the players that `results` lacks, and yield each result with a line to print.
 
-    If an arm is missing, the decoder that all arms begin with is scored too, as player "before".
+    Trained players are trained first. If any arm is missing, the decoder that all arms start from
+    is scored too, as the player "before".
     """
     sizes = {name: getattr(config, name) for name in SIZES}
     untrained: Result = dict.fromkeys(SIZES)
@@ -144,7 +145,15 @@ def play_missing(config: Experiment, results: Results) -> Iterator[tuple[Result,
 
 
 def scored(run: Result, score: Score) -> tuple[Result, str]:
-    """Return a player's result with its score, and a line to print."""
+    """Combine a run with the score of its player.
+
+    Args:
+        run: Entries `KEY` of the run; for a trained player also the cost of training.
+        score: Means over the player's episodes.
+
+    Returns:
+        A result with the entries of `run` and the fields of `score`, and a line to print.
+    """
     return (
         dataclasses.asdict(score) | run,
         f"{run['environment']}, {run['player']}, seed {run['seed']}: success {score.success:.3f} ± "
@@ -153,10 +162,10 @@ def scored(run: Result, score: Score) -> tuple[Result, str]:
 
 
 def report(results: list[Result]) -> str:
-    """Format a Markdown table: means over seeds ± their standard errors.
+    """Format a Markdown table with a row for each environment, player and combination of options.
 
-    For a single seed, the error of success is the standard error over its episodes. Options that
-    differ between rows are named beside the player.
+    Scores are means over seeds ± standard errors; with a single seed, the error of success is the
+    standard error over episodes. Options that differ between results are named next to the player.
     """
     head = (
         "environment, player, seeds, success, reward, turns, rollouts, tokens, updates, CPU-seconds"
@@ -189,7 +198,7 @@ def report(results: list[Result]) -> str:
 
 
 def run_config(config: Experiment, environment: str, seed: int, **changes: Any) -> RLConfig:
-    """Return the config of a run in an environment, with the fields in `changes` replaced."""
+    """Return the config of reinforcement learning in an environment, with `changes` applied."""
     base = RLConfig(
         weights="random player",
         train="all",
@@ -213,16 +222,16 @@ def run_config(config: Experiment, environment: str, seed: int, **changes: Any) 
 
 
 def shown_episodes(config: Experiment, text: str, environment: Any, seed: int) -> RLJob:
-    """Train a new decoder on the random player's actions.
+    """Train a new decoder on the random player's actions, by supervised learning.
 
     Args:
         config: Options of the experiment.
-        text: Environment with its options, as a text.
-        environment: The same environment, as an object.
-        seed: Seed of weights, problems and episodes.
+        text: Name of the environment with its options.
+        environment: Environment object that `text` describes.
+        seed: Seed of parameters, problems and episodes.
 
     Returns:
-        A job of reinforcement learning whose initial weights are the decoder's.
+        A reinforcement-learning job that starts from the trained decoder.
     """
     lm = LanguageModel(Thoughtbubbles(MODEL, rngs=nnx.Rngs(seed)), ByteTokenizer())
     optimizer = OptimizerConfig(learning_rate=3e-3, weight_decay=0.1)
@@ -248,18 +257,19 @@ def player_episode(
     player: str = "random",
     invokes: bool = False,
 ) -> Trajectory:
-    """Play an episode and return it as one row of tokens, in which each action ends in a stop id.
+    """Let a player play an episode, and encode the episode as one row of tokens.
 
-    Observations are truncated to `MAX_OBSERVATION` tokens.
+    Each action in the row ends in a stop id. Observations are truncated to `MAX_OBSERVATION`
+    tokens.
 
     Args:
         lm: Language model whose tokenizer and stop id are used.
         environment: Environment with players.
         rollout: Rollout with the problem to play.
-        seed: Seed of the player, together with the rollout's number.
+        seed: Seed of the player, combined with the rollout's number.
         player: Name of the player, "random" or "scripted".
-        invokes: Whether the row has a random trigger decision, to invoke latent memory or not,
-            before the first token of each action; otherwise it has none.
+        invokes: Whether the row has a random trigger decision (to invoke or to skip latent memory)
+            before the first token of each action; otherwise the row has no decisions.
 
     Raises:
         ValueError: The environment has no method for this player.
@@ -285,19 +295,20 @@ def player_episode(
 def trained(
     config: Experiment, text: str, environment: Any, lm: LanguageModel, seed: int, arm: str
 ) -> tuple[RLJob, Result]:
-    """Train a decoder by a method of `train.rl`.
+    """Train a decoder by a reinforcement-learning method of `train.rl`.
 
     Args:
         config: Options of the experiment.
-        text: Environment with its options, as a text.
-        environment: The same environment, as an object.
+        text: Name of the environment with its options.
+        environment: Environment object that `text` describes.
         lm: Decoder to start from.
         seed: Seed of the run.
         arm: Method with its options.
 
     Returns:
-        A job whose initial weights are the trained ones; and the entries of `reinforce.of_a_run`
-        with the number of `updates` (steps that learned something), `seconds` and `cpu_seconds`.
+        A job that starts from the trained decoder; and entries of a result: those of
+        `reinforce.of_a_run`, the number of `updates` (training steps that had rollouts to learn
+        from), and the time of training in `seconds` and `cpu_seconds`.
     """
     clock = Clock()
     with tempfile.TemporaryDirectory() as folder:
@@ -311,11 +322,12 @@ def trained(
 
 
 def sampled_score(job: RLJob, episodes: int) -> Score:
-    """Score a policy on the first training problems, on which the other players are scored too.
+    """Score a policy on the first training problems, the same problems as for other players.
 
     Args:
-        job: Job whose initial weights are the policy.
-        episodes: Number of episodes. Problems of a smaller training split are repeated.
+        job: Job that starts from the policy's parameters.
+        episodes: Number of episodes, one for each problem; if the training split has fewer
+            problems, its problems are repeated.
     """
     size = job.task.sizes["train"]
     count = episodes if size is None else min(size, episodes)
@@ -327,7 +339,7 @@ def sampled_score(job: RLJob, episodes: int) -> Score:
 
 
 def score_of(rows: Sequence[Trajectory]) -> Score:
-    """Compute the mean scores of episodes from their rows; failed episodes count in all means."""
+    """Compute the mean scores of episodes, failed episodes included, from the episodes' rows."""
     episodes = Episodes.from_trajectories(rows)
     turns = [len(rows[mine[0]].turn_rewards) for mine in episodes.rows]
     error = episodes.success.std() / np.sqrt(len(turns))

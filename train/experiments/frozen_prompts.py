@@ -1,14 +1,15 @@
-"""Does a tuned model still read its prompt? Frozen and diverse names of actions, side by side.
+"""Test if a tuned model still reads its prompt, with frozen or diverse names of actions in tuning.
 
 python -m train.experiments.frozen_prompts --out frozen_prompts.jsonl
 python -m train.experiments.frozen_prompts --report frozen_prompts.jsonl
 
 This follows "Debunk the Myth of SFT Generalization" (arXiv 2510.00237), small enough for a CPU. A
-decoder of two layers first learns to look names up: a prompt gives each of four directions a name,
-and asks for one of the names. Then the decoder is tuned to take one step on a grid: its answer is
-the prompt's name of the direction towards the target. Arms differ in the number of different maps
-of names (K), or in whether the response states the direction before its name. The test "Fake" shows
-new names, but scores answers by the old names.
+decoder of two layers is first pretrained to look up names: a prompt gives each of four directions a
+name, and asks for one of the names. Then the decoder is tuned to take one step on a grid: the right
+answer is the prompt's name of the direction towards the target. A map assigns a name to each
+direction. Arms differ in the number of different maps in their prompts (K), or in whether the
+response states the direction before its name. The test "Fake" shows new names, but scores answers
+by the names of the frozen map.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ MOVES = {"up": (-1, 0), "down": (1, 0), "left": (0, -1), "right": (0, 1)}
 SIZE = 6  # rows and columns of the grid
 NEAR = 3  # maximum distance from agent to target in the states of arms with `near`
 WORDS = EVERYDAY_WORDS
-HELD_OUT = 40  # words that tuning never sees
+HELD_OUT = 40  # number of words that tuning never sees
 TOKENS = {name: i for i, name in enumerate((*WORDS, *DIRECTIONS, *map(str, range(SIZE))))}
 _NAMES = " ".join(f"{direction} {{{direction}}}" for direction in DIRECTIONS)
 LOOKUP = PromptTemplate("lookup", (f"{_NAMES} {{wanted}}",), DIRECTIONS, ("wanted",))
@@ -75,7 +76,7 @@ class Arm:
 
     Attributes:
         maps: Number of different maps (K); None samples a new map for each example.
-        thoughts: Whether the response is the direction and then its name, not the name alone.
+        thoughts: Whether the response states the direction before its name, not the name alone.
         near: Whether the agent is at most `NEAR` steps from its target in all states.
     """
 
@@ -94,7 +95,7 @@ ARMS = {
     "thoughts, diverse": Arm(None, thoughts=True, near=True),
 }
 TESTS = ("id", "permuted", "pool", "held_out", "far", "fake")
-EARLY = (25, 50, 500)  # steps after which arms are scored, besides the last
+EARLY = (25, 50, 500)  # tuning steps after which arms are scored, in addition to the last step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,8 +103,8 @@ class FrozenPrompts(StudyConfig):
     """Tunes a small decoder on frozen and on diverse names of actions, or reports its scores.
 
     Attributes:
-        arms: Arms by name, all by default.
-        pretraining: Number of steps in which the decoder learns to look names up.
+        arms: Names of the arms, all by default.
+        pretraining: Number of pretraining steps, in which the decoder learns to look up names.
         steps: Number of tuning steps of each arm.
         prompts: Number of prompts in each test.
     """
@@ -121,7 +122,7 @@ class FrozenPrompts(StudyConfig):
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """A prompt, the direction whose name it asks for, and the map that scores the answer.
+    """A prompt, the direction whose name the prompt asks for, and the map that scores the answer.
 
     Attributes:
         prompt: Prompt with the names that it shows.
@@ -137,7 +138,7 @@ class Example:
         """Return the words of the target response, with the name from the prompt's map.
 
         Args:
-            thoughts: Whether the direction precedes its name.
+            thoughts: Whether the response states the direction before its name.
         """
         return [self.direction] * thoughts + [self.prompt.target(self.direction)]
 
@@ -154,16 +155,16 @@ def one_step(
     keep: Callable[[int], bool] = lambda distance: True,
     scored: SemanticMap | None = None,
 ) -> Example:
-    """Make an example of one step of the policy, from a random state.
+    """Make an example that asks for one step on the grid, from a random state.
 
-    The policy moves left or right until agent and target share a column, then up or down.
+    The right direction is left or right until the agent is in the target's column, then up or down.
 
     Args:
-        shown: Map of the prompt.
+        shown: Map whose names the prompt shows.
         rng: Random generator of the state.
-        keep: Function of the number of steps from agent to target, which returns whether to use the
-            state. States in which the agent is at its target are never used.
-        scored: Map that the answer is scored by; None for the map of the prompt.
+        keep: Function from the number of steps between agent and target to whether the state is
+            used. States in which the agent is at its target are never used.
+        scored: Map that the answer is scored by; None for the map that the prompt shows.
     """
     while True:
         row, column, target_row, target_column = rng.integers(0, SIZE, 4)
@@ -199,7 +200,10 @@ def rows(examples: Sequence[Example], thoughts: bool) -> dict[str, np.ndarray]:
 
 
 def batches(arm: Arm, seed: int) -> Iterator[dict[str, np.ndarray]]:
-    """Yield batches of `BATCH` rows of an arm without end; no two examples share an index."""
+    """Yield batches of `BATCH` tuning rows of an arm without end.
+
+    Each example has its own index, from which its map is sampled.
+    """
     maps = sampler(seed, arm.maps)
     for start in itertools.count(0, BATCH):
         rng = np.random.default_rng([seed, 1, start])
@@ -209,7 +213,7 @@ def batches(arm: Arm, seed: int) -> Iterator[dict[str, np.ndarray]]:
 
 
 def lookups(seed: int) -> Iterator[dict[str, np.ndarray]]:
-    """Yield batches of `BATCH` rows of pretraining without end.
+    """Yield batches of `BATCH` pretraining rows without end.
 
     The prompts use all words, so that the pretrained model also knows the words that tuning never
     sees.
@@ -222,12 +226,12 @@ def lookups(seed: int) -> Iterator[dict[str, np.ndarray]]:
 
 @functools.cache
 def sampler(seed: int, maps: int | None) -> MapSampler:
-    """Make the sampler of tuning maps.
+    """Make the sampler of the maps in tuning examples.
 
     Args:
         seed: Seed of the maps.
-        maps: Number of different maps (K), where 1 gives the frozen map; None for a new map in each
-            example.
+        maps: Number of different maps (K), where 1 gives the frozen map; None samples a new map for
+            each example.
     """
     return MapSampler(DIRECTIONS, WORDS, distinct=maps, held_out=HELD_OUT, seed=seed)
 
@@ -240,10 +244,11 @@ def test_sets(seed: int, count: int) -> dict[str, list[Example]]:
         count: Number of examples in each test.
 
     Returns:
-        Examples by test. Prompts show the frozen map ("id"), its names in another order
-        ("permuted"), training words ("pool") or held-out words (the others). States are at any
-        distance from the target; in "far" they are more than `NEAR` steps away. Answers are scored
-        by the map that the prompt shows; in "fake" they are scored by the frozen map.
+        Mapping from the name of a test to its examples. Prompts show the frozen map ("id"), the
+        names of the frozen map in another order ("permuted"), training words ("pool"), or held-out
+        words ("held_out", "far" and "fake"). In "far" the agent is more than `NEAR` steps away from
+        the target; in all other tests the distance is arbitrary. Answers are scored by the map that
+        the prompt shows, except in "fake", where the frozen map scores them.
     """
     frozen, pool = sampler(seed, 1).map(0, 0), sampler(seed, None)
 
@@ -269,7 +274,7 @@ def test_sets(seed: int, count: int) -> dict[str, list[Example]]:
 
 
 class Study:
-    """Pretrained decoder of one seed with its tests; making a study pretrains the decoder.
+    """Pretrained decoder of one seed and its tests; the constructor does the pretraining.
 
     Args:
         config: Options of the study.
@@ -292,26 +297,26 @@ class Study:
 
         @jax.jit
         def next_token(weights: Any, tokens: jax.Array, length: jax.Array) -> jax.Array:
-            """Return the most probable token `[B]` after the first `length` of `[B, WIDTH]`."""
+            """Return the most probable token `[B]` after the first `length` tokens of rows."""
             return jnp.argmax(base.model(weights).model(tokens)[:, length - 1], axis=-1)
 
         self._next_token = next_token
 
     def lookup_scores(self) -> dict[str, float]:
-        """Score the pretrained decoder on questions for held-out names, as `scores` does."""
+        """Score the pretrained decoder on looking up held-out names, and return its `scores`."""
         maps, rng = sampler(self.seed, None), np.random.default_rng([self.seed, 3])
         asked = [lookup(maps.held_out_map(i), rng) for i in range(self.config.prompts)]
         return self.scores(self._base, asked, False)
 
     def run(self, arm: Arm) -> dict[str, dict[str, dict[str, float]]]:
-        """Tune the pretrained decoder on an arm, and score it after some steps.
+        """Tune a copy of the pretrained decoder on an arm's data, and score it at several steps.
 
         Args:
-            arm: Tuning data.
+            arm: Options of the tuning data.
 
         Returns:
-            Scores (see `scores`) by step, written as text, and then by test. The steps are
-            `config.steps` and those of `EARLY` that come before.
+            Mapping from the step, written as text, to a mapping from the name of a test to the
+            decoder's `scores`. The steps are `config.steps` and all smaller steps in `EARLY`.
         """
         state = self._tuning.start(jax.tree.map(lambda leaf: leaf.copy(), self._base))
         data, found, done = batches(arm, self.seed), {}, 0
@@ -326,12 +331,12 @@ class Study:
         return found
 
     def scores(self, weights: Any, examples: Sequence[Example], thoughts: bool) -> dict[str, float]:
-        """Score greedy answers.
+        """Score the answers that a decoder gives by greedy decoding.
 
         Args:
-            weights: Weights of the decoder.
+            weights: State of the decoder's parameters (`TrainState.weights`).
             examples: Examples whose prompts have equal numbers of tokens.
-            thoughts: Whether the model writes a direction before its answer.
+            thoughts: Whether the decoder writes a direction before its answer.
 
         Returns:
             `success`, the fraction of right answers, and `validity`, the fraction of answers that
@@ -368,14 +373,14 @@ def _trainable(
 
 
 def main(config: FrozenPrompts) -> None:
-    """Tune what is missing, or print the tables."""
+    """Tune the arms that the file of results lacks, or print the tables."""
     run_study(config, KEY, train_missing, report)
 
 
 def train_missing(config: FrozenPrompts, results: Results) -> Iterator[tuple[Result, str]]:
     """Train the runs that `results` lacks, and yield the result of each with a line to print.
 
-    All arms of a seed begin with the same decoder.
+    All arms of a seed start from the same pretrained decoder.
     """
     fixed = {name: getattr(config, name) for name in ("pretraining", "steps", "prompts")}
     runs = results.missing(

@@ -1,15 +1,15 @@
-"""Does a Dragon Hatchling learn more than a plain decoder of as many parameters? Several seeds.
+"""Compare a Dragon Hatchling with a plain decoder of as many parameters, over several seeds.
 
 python -m train.experiments.hatchling_quality --out hatchling_quality.jsonl
 python -m train.experiments.hatchling_quality --report hatchling_quality.jsonl
 
-For a seed, all arms read the same rows of bytes of the standard library's source in the same order.
-They have the same optimizer, whose learning rate is not tuned for any of them, and about as many
-parameters as the plain decoder. A Hatchling applies the same weights in each of its layers, so that
-it spends several times the plain decoder's FLOPs and time on the same tokens. Therefore the arms
-`plain_flops` and `plain_time` train the plain decoder on more rows, for as many FLOPs or as much
-CPU time as the Hatchling. Each finished (arm, seed, options) is a line of the file; a second call
-runs only what is missing.
+For a given seed, all arms read the same rows of bytes of the standard library's source in the same
+order. All arms use the same optimizer, whose learning rate is tuned for none of them, and have
+about as many parameters as the plain decoder. A Hatchling shares its parameters between all layers,
+so that it spends several times the plain decoder's FLOPs and time on the same tokens. Therefore the
+arms `plain_flops` and `plain_time` train the plain decoder on more rows, for as many FLOPs or as
+much CPU time as the Hatchling. Each finished run (arm, seed and options) is one line of the file; a
+second call trains only the missing runs.
 """
 
 import dataclasses
@@ -45,27 +45,28 @@ from train.experiments.study import (
 )
 
 SIZES = ("embed_dim", "num_layers", "num_heads", "batch_size", "seq_len", "rows")
-SETTING = ("steps", *SIZES, "optimizer")  # one table for each
+SETTING = ("steps", *SIZES, "optimizer")  # the report has one table for each combination
 KEY = ("arm", "seed", *SETTING)
 VOCAB = 320  # the 257 ids of bytes and separator, padded to a multiple of 64
-PLAIN = "plain"  # the arm that the others are compared with
+PLAIN = "plain"  # baseline, with which the report compares all arms
 
 
 @dataclasses.dataclass(frozen=True)
 class HatchlingQuality(StudyConfig):
-    """Trains a Dragon Hatchling beside decoders of as many parameters, or reports stored results.
+    """Trains Dragon Hatchlings and decoders of as many parameters, or reports stored results.
 
     Attributes:
-        arms: Arms to train: "plain" (the decoder) and "hatchling"; these with one fork layer,
-            called "forking" and "forking_hatchling"; and "plain_flops" and "plain_time", which are
-            longer training of "plain".
+        arms: Arms to train: "plain" (the decoder) and "hatchling"; the same two models with one
+            fork layer, called "forking" and "forking_hatchling"; and longer training of the plain
+            decoder, called "plain_flops" and "plain_time".
         embed_dim: Width of all models (d).
-        num_layers: Number of layers of the decoder, and of applications of the Hatchling's layer.
+        num_layers: Number of layers of the decoder, and number of times that the Hatchling applies
+            its single layer.
         num_heads: Number of attention heads.
-        steps: Number of training steps. "plain_flops" and "plain_time" take more, to spend as many
-            FLOPs or as much CPU time as "hatchling".
-        batch_size: Number of rows of a step.
-        seq_len: Number of tokens of a row.
+        steps: Number of training steps. The arms "plain_flops" and "plain_time" take more steps, to
+            spend as many FLOPs or as much CPU time as the arm "hatchling".
+        batch_size: Number of rows in a step.
+        seq_len: Number of tokens in a row.
         rows: Number of held-out rows, the same rows for all arms.
         optimizer: Optimizer of all arms.
 
@@ -153,8 +154,8 @@ def steps_of(config: HatchlingQuality, arm: str) -> int:
     """Return the number of training steps of an arm.
 
     The arm `plain_flops` spends as many FLOPs as the arm `hatchling`, and `plain_time` as much CPU
-    time. The CPU time of both models' steps is measured during the call, so that the number of
-    steps depends on the machine.
+    time. For `plain_time`, the call measures the CPU time of a step of both models, so that the
+    number of steps depends on the machine.
     """
     if arm == "plain_flops":
         spent = hatchling(config).forward_flops(config.seq_len)
@@ -214,7 +215,7 @@ def train_missing(config: HatchlingQuality, results: Results) -> Iterator[tuple[
 
 
 def train_and_score(config: HatchlingQuality, data: PackedData, arm: str, seed: int) -> Result:
-    """Train an arm from random weights, and score it.
+    """Train an arm from random initial parameters, and score the trained model.
 
     Args:
         config: Options of the experiment.
@@ -223,11 +224,12 @@ def train_and_score(config: HatchlingQuality, data: PackedData, arm: str, seed: 
         seed: Seed of parameters and of the order of rows.
 
     Returns:
-        Entries of a result: the number of training `tokens` and of `parameters`; `teraflops` of
-        training in total, counted as three forward passes; `step_cpu_ms`, the mean CPU time of a
-        step without the first one; `last_train_loss`; the held-out scores of `Evaluator`; and
-        `active`, the fractions of active neurons in the last training batch
-        (`layer_L/x_active` and `layer_L/y_active`), empty for a model without neurons.
+        Entries of a result: the numbers of training `tokens` and of `parameters`; `teraflops`, the
+        cost of the whole training in 10^12 FLOPs, where a step counts as three forward passes;
+        `step_cpu_ms`, the mean CPU time of a step in ms, without the first step; `last_train_loss`,
+        the loss of the last training batch; the held-out scores of `Evaluator`; and `active`, a
+        mapping from `layer_L/x_active` and `layer_L/y_active` to the fraction of active neurons in
+        the last training batch, empty for a model without neurons.
     """
     shape: ArchitectureConfig = ARMS[arm](config)
     steps = steps_of(config, arm)
@@ -261,9 +263,9 @@ def train_and_score(config: HatchlingQuality, data: PackedData, arm: str, seed: 
 def report(results: list[Result]) -> str:
     """Format a Markdown table for each combination of `SETTING`, with a row for each arm.
 
-    Losses are means over seeds ± standard errors. The column "minus plain" has the mean difference
-    between an arm's loss and the loss of the arm `plain` with the same seed; seeds that `plain`
-    lacks are left out.
+    Losses are means over seeds ± standard errors. The column "minus plain" has the mean over seeds
+    of an arm's loss minus the loss of the arm `plain` with the same seed; seeds without a run of
+    `plain` are left out.
     """
     lines = []
     for (steps, *sizes, optimizer), runs in by_key(results, *SETTING).items():

@@ -1,18 +1,18 @@
-"""Does woven memory teach a frozen reasoner? A weaver against LoRA, soft prompts and pause tokens.
+"""Compare a weaver with LoRA, soft prompts and pause tokens as ways to teach a frozen reasoner.
 
 python -m train.experiments.memory --out memory.jsonl
 python -m train.experiments.memory --report memory.jsonl
 
 A small decoder is pretrained on sums of two numbers and on copying lists of four digits. Only 2 %
-of its texts are sorted lists, and it seldom sorts correctly. Then it is frozen, and each arm learns
-to sort. The arms "long_soft_prompt" and "more_pause_tokens" have exactly as many trainable
-parameters as the weaver, and "lora" has 12 % fewer. "soft_prompt" and "pause_tokens" insert as many
-latents at a time as the weaver, but have fewer parameters. Test lists are sampled independently of
-training lists and are not excluded from training: there are only 10,000 lists, and with the default
-options each arm is trained on about 98 % of the test lists.
+of the texts sort a list, so that the decoder seldom sorts correctly. Then this reasoner is frozen,
+and each arm learns to sort. The arms "long_soft_prompt" and "more_pause_tokens" have exactly as
+many trainable parameters as the weaver, and "lora" has 12 % fewer. "soft_prompt" and "pause_tokens"
+insert as many latents at a time as the weaver, but have fewer parameters. Test lists are sampled
+independently of training lists and are not excluded from training: there are only 10,000 lists, and
+with the default options each arm is trained on about 98 % of the test lists.
 
-Each finished (arm, seed) is a line of the file; a second call runs only what is missing, with equal
-options.
+Each finished run (arm and seed) is one line of the file; a second call must have the same options,
+and trains only the missing runs.
 """
 
 import dataclasses
@@ -52,7 +52,7 @@ from train.experiments.study import (
 )
 from train.models.load import checksum
 
-LETTERS = "\n0123456789+=,. sc"  # the first one is padding
+LETTERS = "\n0123456789+=,. sc"  # the vocabulary; the first letter is padding
 WIDTH = 20
 LENGTH = 4
 RARE = 0.02
@@ -60,12 +60,12 @@ HELD_OUT = 2048  # number of test lists
 
 
 def example(rng: np.random.Generator, kind: str) -> tuple[str, str]:
-    """Sample a prompt and its answer.
+    """Sample the prompt and the answer of an example.
 
     Args:
         rng: Random generator of the numbers.
-        kind: "add" for the sum of two numbers below 50, "copy" or "sort" for a list of `LENGTH`
-            digits.
+        kind: Kind of the example: "add" asks for the sum of two numbers below 50, "copy" and "sort"
+            ask for a list of `LENGTH` digits.
     """
     if kind == "add":
         a, b = rng.integers(0, 50, 2)
@@ -82,8 +82,8 @@ def rows(rng: np.random.Generator, count: int, kinds: dict[str, float]) -> dict[
 
     Args:
         rng: Random generator of the examples.
-        count: Number of rows, B.
-        kinds: Probability of each kind of `example`.
+        count: Number of rows (B).
+        kinds: Mapping from a kind of `example` to its probability.
 
     Returns:
         `tokens [B, WIDTH]` int32, padded with 0; and `loss_mask [B, WIDTH]` bool, True on answers.
@@ -106,7 +106,7 @@ ALL_LINEAR = ("q", "k", "v", "o", "up", "down")
 
 
 class Arm(nnx.Module):
-    """A frozen reasoner with the parameters that an arm trains.
+    """Base of all arms: a frozen reasoner with the parameters that the arm trains.
 
     Args:
         reasoner: Frozen decoder.
@@ -125,27 +125,27 @@ class Arm(nnx.Module):
 
 
 def decoder_predictors(decoder: Backbone, tokens: jax.Array) -> jax.Array:
-    """Compute the hidden states `[B, L, D]` that predict each of `tokens [B, L]`.
+    """Compute the hidden states `[B, L, D]` that predict each token of rows `[B, L]`.
 
-    The state for the first token, which nothing precedes, is zeros.
+    The hidden state that predicts the first token is 0, because no token precedes it.
     """
     hidden = decoder.hidden_states(decoder.embed_tokens(tokens))
     return jnp.pad(hidden, ((0, 0), (1, 0), (0, 0)))[:, :-1]
 
 
 class Frozen(Arm):
-    """The reasoner alone."""
+    """Arm of the frozen reasoner alone, without trained parameters."""
 
     def predictors(self, batch):
         return decoder_predictors(self.reasoner, batch["tokens"])
 
 
 class LoRA(Arm):
-    """A LoRA adapter on all linear layers of the reasoner itself.
+    """Arm with a LoRA adapter on all linear layers of the reasoner.
 
     Args:
         reasoner: Frozen decoder.
-        rngs: Random state of the adapter's initial values.
+        rngs: PRNG keys for the adapter's initial parameters.
     """
 
     def __init__(self, reasoner: Backbone, rngs: nnx.Rngs):
@@ -158,14 +158,14 @@ class LoRA(Arm):
 
 
 class Memory(Arm):
-    """A weaver, or learned latents that are equal for all texts (`context="nothing"`).
+    """Arm with latents that a weaver writes, or that are equal for all texts (`context="nothing"`).
 
     Args:
         reasoner: Frozen decoder.
         weaver: Config of the weaver.
-        rngs: Random state of new parameters.
+        rngs: PRNG keys for the initial parameters.
         in_front: Whether latents are only inserted before the prompt, as a soft prompt. Otherwise
-            they are inserted before the answer and at the first boundary within it.
+            latents are inserted before the answer and at the first boundary within the answer.
     """
 
     def __init__(
@@ -201,8 +201,9 @@ ARMS: dict[str, Callable[[Backbone, nnx.Rngs], Arm]] = {
         reasoner, _weaver(context="nothing"), rngs, in_front=True
     ),
     "pause_tokens": lambda reasoner, rngs: Memory(reasoner, _weaver(context="nothing"), rngs),
-    # These two have as many parameters as the weaver, whose LoRA has as many as 96 latents. (A soft
-    # prompt never uses the bank for later events, so that 641 of its parameters do not change.)
+    # These two arms have as many parameters as the weaver, whose LoRA adapter has the parameters of
+    # 96 latents. (A soft prompt never uses the latents of later events, so that 641 of its
+    # parameters do not change.)
     "long_soft_prompt": lambda reasoner, rngs: Memory(
         reasoner, _weaver(context="nothing", prompt_latents=104), rngs, in_front=True
     ),
@@ -214,14 +215,14 @@ ARMS: dict[str, Callable[[Backbone, nnx.Rngs], Arm]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Experiment(StudyConfig):
-    """Trains arms on a frozen reasoner, or reports stored results.
+    """Trains each arm on a frozen reasoner, or reports stored results.
 
     Attributes:
         arms: Arms to train, all by default; "frozen" scores the reasoner alone.
         pretrain_steps: Number of training steps of the reasoner.
         steps: Number of training steps of each arm.
         batch_size: Number of rows in a step.
-        learning_rate: Peak learning rate of the arms; the reasoner's is 0.003.
+        learning_rate: Peak learning rate of the arms; the reasoner's peak learning rate is 0.003.
     """
 
     arms: tuple[str, ...] = ("frozen", *ARMS)
@@ -245,7 +246,7 @@ def main(config: Experiment) -> None:
 def train_missing(config: Experiment, results: Results) -> Iterator[tuple[Result, str]]:
     """Train the runs that `results` lacks, and yield the result of each with a line to print.
 
-    All arms of a seed have the same reasoner, which is pretrained first.
+    All arms of a seed use the same reasoner, which is pretrained first.
     """
     for seed in config.seeds:
         runs = results.missing({"arm": arm, "seed": seed} for arm in config.arms)
@@ -284,8 +285,8 @@ def score_arm(config: Experiment, reasoner: Backbone, name: str, seed: int) -> R
 
     Returns:
         Entries of a result: the number of trained `parameters`; `accuracy`, the exact match as a
-        fraction; `loss` in nats per answer token; training `steps`; checksum of the `reasoner`;
-        `seconds` with compilation and scoring; and the version of `jax`.
+        fraction; `loss` in nats per answer token; the number of training `steps`; the checksum of
+        the `reasoner`; `seconds`, the time with compilation and scoring; and the version of `jax`.
 
     Raises:
         RuntimeError: Training has changed the frozen reasoner.
@@ -317,7 +318,7 @@ def score_arm(config: Experiment, reasoner: Backbone, name: str, seed: int) -> R
 def data(
     rng: np.random.Generator, batch_size: int, kinds: dict[str, float]
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Yield batches of `rows` without end."""
+    """Yield batches of `batch_size` sampled rows, as `rows` returns them, without end."""
     while True:
         yield rows(rng, batch_size, kinds)
 
@@ -325,7 +326,7 @@ def data(
 def fit(
     arm: Arm, kind: type[nnx.Param], batches: Iterator, steps: int, learning_rate: float
 ) -> tuple[int, float]:
-    """Train the parameters of one kind, and update the arm in place.
+    """Train an arm's parameters of one class, and update the arm in place.
 
     The optimizer is Adam with gradients clipped to norm 1. The learning rate rises linearly during
     the first tenth of the steps and falls to 0 along a cosine.
@@ -333,13 +334,12 @@ def fit(
     Args:
         arm: Arm to train.
         kind: Class of the parameters that are trained.
-        batches: Batches of `rows`.
+        batches: Batches as `rows` returns them.
         steps: Number of training steps.
         learning_rate: Peak learning rate.
 
     Returns:
-        Number of the parameters of this kind, and the loss of the last step in nats per answer
-        token.
+        Number of trained parameters, and the loss of the last step in nats per answer token.
     """
     graphdef, params, rest = nnx.split(arm, kind, ...)
     schedule = optax.warmup_cosine_decay_schedule(0.0, learning_rate, steps // 10, steps)
@@ -370,14 +370,14 @@ def answer_log_probs(arm: Arm, batch: dict[str, jax.Array]) -> jax.Array:
 
 
 def exact_match(arm: Arm, held_out: dict[str, np.ndarray]) -> tuple[float, float]:
-    """Compute the fraction of answers that greedy decoding would write, and nats per answer token.
+    """Compute the exact match of greedy decoding, as a fraction, and the nats per answer token.
 
-    Greedy decoding writes exactly the answer if each of its tokens is the most probable one after
-    the tokens before it, so that no text needs to be generated.
+    Greedy decoding matches an answer exactly if each answer token is the most probable token in a
+    teacher-forced forward pass, so that no text needs to be generated.
 
     Args:
         arm: Arm to score.
-        held_out: `HELD_OUT` rows, as `rows` returns them.
+        held_out: `HELD_OUT` test rows, as `rows` returns them.
     """
 
     @jax.jit
@@ -397,7 +397,7 @@ def exact_match(arm: Arm, held_out: dict[str, np.ndarray]) -> tuple[float, float
 
 
 def report(results: list[Result]) -> str:
-    """Format a Markdown table: test exact match in percent, mean over seeds ± standard error."""
+    """Format a Markdown table of each arm's test exact match: mean over seeds ± standard error."""
     rows = []
     for (arm,), of_arm in by_key(results, "arm").items():
         rows.append(

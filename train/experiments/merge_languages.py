@@ -1,12 +1,12 @@
-"""Can tuned copies of one Dragon Hatchling be merged? Two languages, joined without training.
+"""Merge copies of a Dragon Hatchling that were tuned to two languages, without further training.
 
 python -m train.experiments.merge_languages --out docs/quality/merge_languages.jsonl
 python -m train.experiments.merge_languages --report docs/quality/merge_languages.jsonl
 
-A language is the standard library's source with permuted letters: the same grammar in other words.
-A base model learns language 0, and copies of it are tuned to languages 1 and 2. The neurons of
-both copies are then concatenated along neurons or along heads. Each finished seed is a line of the
-file.
+Language 0 is the standard library's source. Languages 1 and 2 are the same source with permuted
+letters: the same grammar in other words. A base model learns language 0; one copy of the base model
+is tuned to language 1, and another copy to language 2. The neurons of both copies are then
+concatenated along the axis of neurons or of heads. Each finished seed is one line of the file.
 """
 
 import dataclasses
@@ -49,12 +49,12 @@ class MergeLanguages(StudyConfig):
         num_neurons: Number of neurons of the base model (n).
         num_layers: Number of times that the layer is applied.
         steps: Number of training steps of the base model.
-        tuning_steps: Number of steps of each tuning, of copies and of the merged model.
-        batch_size: Number of rows of a step.
-        seq_len: Number of tokens of a row.
+        tuning_steps: Number of training steps of each tuning, of the copies and the merged model.
+        batch_size: Number of rows in a step.
+        seq_len: Number of tokens in a row.
         rows: Number of held-out rows, the same rows in each language.
         optimizer: Optimizer of the base model.
-        tuning: Optimizer of each tuning, of copies and of the merged model.
+        tuning: Optimizer of each tuning, of the copies and the merged model.
     """
 
     embed_dim: int = 32
@@ -71,7 +71,7 @@ class MergeLanguages(StudyConfig):
 
 
 def main(config: MergeLanguages) -> None:
-    """Train what is missing, or print the table."""
+    """Train the runs that the file of results lacks, or print the table."""
     run_study(config, KEY, train_missing, report, ("tuning", "optimizer"))
 
 
@@ -90,9 +90,10 @@ def train_missing(config: MergeLanguages, results: Results) -> Iterator[tuple[Re
 
 
 def losses_of_a_seed(config: MergeLanguages, data: PackedData, seed: int) -> dict[str, list[float]]:
-    """Train, tune and merge the models of a seed; return held-out nats per byte by model.
+    """Train, tune and merge the models of a seed, and score all of them.
 
-    Each list has the loss in languages 0, 1 and 2.
+    Returns:
+        Mapping from the name of a model to its held-out nats per byte in languages 0, 1 and 2.
     """
     shape = HatchlingConfig(
         embed_dim=config.embed_dim, num_neurons=config.num_neurons, num_layers=config.num_layers
@@ -104,7 +105,7 @@ def losses_of_a_seed(config: MergeLanguages, data: PackedData, seed: int) -> dic
     joined = models["merged along neurons"]
     every = list(LANGUAGES)
     models["merged, then tuned to all"] = trained(config, data, joined.config, joined, every, seed)
-    # Controls: as many steps on all languages, without and with as many neurons.
+    # Controls: as many steps on all languages, with half as many neurons and with as many.
     models["base tuned to all"] = trained(config, data, shape, base, every, seed)
     twice = grow(base, 2 * config.num_neurons)  # not merged with itself: equal copies stay equal
     models["base grown, tuned to all"] = trained(config, data, twice.config, twice, every, seed)
@@ -125,8 +126,8 @@ def trained(
         config: Options of the experiment.
         data: Rows of language 0.
         shape: Config of the model.
-        start: Model to tune, which is copied; None to train a new model.
-        languages: Languages of the rows: row i of a batch is in language i modulo their number.
+        start: Model of which a copy is tuned; None trains a new model.
+        languages: Languages of the rows: row i of a batch is in `languages[i % len(languages)]`.
         seed: Seed of the parameters and of the order of rows.
     """
     mesh = make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
@@ -149,7 +150,7 @@ def trained(
 
 
 def cipher(language: int) -> np.ndarray:
-    """Return the token id of a language for each token id of language 0, `[320]` int32."""
+    """Return the table `[320]` int32 from token ids of language 0 to those of `language`."""
     table = np.arange(320, dtype=np.int32)
     if language:
         order = np.random.default_rng(language).permutation(26)
@@ -177,10 +178,10 @@ def _nats(model: Hatchling, rows: Any) -> jax.Array:
 
 
 def report(results: list[Result]) -> str:
-    """Format the table: a row for each model, a column for each language.
+    """Format a Markdown table with a row for each model and a column for each language.
 
     Raises:
-        ValueError: The results are of several settings.
+        ValueError: The results differ in an option of `KEY`.
     """
     kinds = {tuple(result[name] for name in KEY[1:]) for result in results}
     if len(kinds) > 1:

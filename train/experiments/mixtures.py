@@ -1,12 +1,13 @@
-"""What does a small model learn as the fraction of one source grows from 0 to 100 %?
+"""Measure what a small model learns as the fraction of one source grows from 0 to 100 %.
 
 python -m train.experiments.mixtures --category code --out mixtures.jsonl
 python -m train.experiments.mixtures --report mixtures.jsonl
 
-All arms read equally many tokens, and the other sources keep their proportions. Sources are sums,
-and the code and the prose of Python's standard library, which Python's tokenizer tells apart. Each
-model is scored by the held-out loss of each source, and by two probes on texts of no source: which
-bracket closes a nest of brackets, and the loss on a string of random letters that is repeated.
+All models are trained on equally many tokens. If one source gets another fraction of the tokens,
+the other sources keep their proportions. The sources are sums, and the code and the prose of
+Python's standard library, which are separated with Python's tokenizer. Each model is scored by its
+held-out loss on each source, and by two probes on synthetic texts that belong to no source: the
+accuracy of closing nested brackets, and the loss on the repetition of a string of random letters.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ from train.experiments.study import (
 
 KEY = ("category", "share", "steps", "seed")
 BASE = {"code": 0.4, "prose": 0.4, "sums": 0.2}
-"""Weights of the sources before the fraction of one of them is changed."""
+"""Mixture weights of the sources before the fraction of one source is changed."""
 
 SEQ_LEN, BATCH = 64, 32
 MODEL = ModelConfig(vocab_size=320, embed_dim=64, num_layers=2, num_heads=2, mlp_dim=256)
@@ -60,7 +61,7 @@ PAIRS = {"(": ")", "[": "]", "{": "}"}
 
 @dataclasses.dataclass(frozen=True)
 class Mixtures(StudyConfig):
-    """Trains a model with each fraction of a source, or reports stored results.
+    """Trains one model for each fraction of a source, or reports stored results.
 
     Attributes:
         category: Source whose fraction is changed: "code", "prose" or "sums".
@@ -83,14 +84,14 @@ class Mixtures(StudyConfig):
 
 
 def main(config: Mixtures) -> None:
-    """Train what is missing, or print the table."""
+    """Train the runs that the file of results lacks, or print the tables."""
     run_study(config, KEY, train_missing, report, ("rows",))
 
 
 def train_missing(config: Mixtures, results: Results) -> Iterator[tuple[Result, str]]:
     """Train the runs that `results` lacks, and yield the result of each with a line to print.
 
-    All shares of a seed use one compiled program.
+    All runs of a seed use the same compiled program.
     """
     runs = results.missing(
         {"category": config.category, "share": share, "steps": config.steps, "seed": seed}
@@ -122,7 +123,15 @@ def trained(
     parts: Mapping[str, PackedData],
     steps: int,
 ) -> TrainState:
-    """Train a model from random parameters on a mixture; a source of weight 0 is left out."""
+    """Train a model from random initial parameters on a mixture.
+
+    Args:
+        trainable: Structure of the model, and its mesh.
+        step: Compiled training step.
+        weights: Mapping from a source to its mixture weight; sources of weight 0 are left out.
+        parts: Mapping from a source to its packed rows.
+        steps: Number of training steps.
+    """
     weights = {name: weight for name, weight in weights.items() if weight}
     mixture = parse_mixture(f"mix({weights!r})")
     data = mix(mixture, {name: parts[name] for name in weights})
@@ -135,12 +144,12 @@ def trained(
 
 
 class Scorer:
-    """Scoring by held-out loss of each source and by the probes; its programs compile once.
+    """Scorer of a model by held-out loss on each source and by the probes, compiled only once.
 
     Args:
-        trainable: Model and its mesh.
-        parts: Packed rows of each source.
-        rows: Number of rows of each source and probe.
+        trainable: Structure of the model, and its mesh.
+        parts: Mapping from a source to its packed rows.
+        rows: Number of rows of each source and of each probe.
     """
 
     def __init__(self, trainable: Trainable, parts: Mapping[str, PackedData], rows: int):
@@ -151,7 +160,7 @@ class Scorer:
         self._closers = jnp.array([ord(sign) for sign in PAIRS.values()])
 
         def guesses(weights: Any, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
-            """Most probable closing bracket after each token, and nats of the next, `[N, T]`."""
+            """Predict a closing bracket after each token; also nats of the next token, `[N, T]`."""
             model: Architecture = trainable.model(weights)
             nats, output = model.token_losses(tokens)
             closers = model.logits(output)[..., self._closers]
@@ -160,11 +169,15 @@ class Scorer:
         self._guesses = jax.jit(guesses)
 
     def __call__(self, weights: Any) -> dict[str, float]:
-        """Score weights.
+        """Score a model.
+
+        Args:
+            weights: State of the model's parameters (`TrainState.weights`).
 
         Returns:
-            `NAME_loss`, held-out nats per token of each source; `brackets`, the fraction of right
-            closing brackets; and `repeats`, nats per letter of the repeated string.
+            `NAME_loss`, the held-out nats per token of each source NAME; `brackets`, the fraction
+            of closing brackets that are predicted right; and `repeats`, the nats per letter of the
+            repeated string.
         """
         found = {
             f"{name}_loss": self._evaluate(weights, part.validation)["loss"]
@@ -181,10 +194,10 @@ class Scorer:
 
 
 def brackets(rows: int) -> np.ndarray:
-    """Generate nests of three kinds of brackets with single letters, `[rows, SEQ_LEN + 1]` int32.
+    """Generate rows of nested brackets of three kinds and letters, `[rows, SEQ_LEN + 1]` int32.
 
-    A closing bracket must be of the same kind as the last one that is still open; a random choice
-    is right in 1/3 of cases.
+    Each closing bracket is of the same kind as the innermost bracket that is still open; a random
+    choice of the kind is right in 1/3 of cases.
     """
     rng = random.Random(0)
     found = []
@@ -204,15 +217,15 @@ def brackets(rows: int) -> np.ndarray:
 def repeats(rows: int) -> np.ndarray:
     """Generate rows of a string of random letters and its copy, `[rows, SEQ_LEN + 1]` int32.
 
-    The copy is scored: a model that looks at the first string scores near 0 nats per letter, one
-    that does not at best ln 26 = 3.26.
+    Only the copy is scored. A model that attends to the first string can score near 0 nats per
+    letter; a model that does not attend to the first string scores at best ln 26 = 3.26.
     """
     letters = np.random.default_rng(0).integers(97, 123, (rows, SEQ_LEN // 2))
     return np.concatenate([np.full((rows, 1), 10), letters, letters], axis=1).astype(np.int32)
 
 
 def packed_sources() -> dict[str, PackedData]:
-    """Prepare packed rows of the sources of `BASE`, by name."""
+    """Prepare packed rows of each source; returns a mapping from a source in `BASE` to its rows."""
     config = DataConfig(seq_len=SEQ_LEN)
     documents = {"code": lambda: library(False), "prose": lambda: library(True), "sums": sums}
     return {
@@ -222,13 +235,13 @@ def packed_sources() -> dict[str, PackedData]:
 
 
 def library(prose: bool) -> Iterator[str]:
-    """Yield the prose (comments and long strings) or the code of each standard-library file."""
+    """Yield the prose (comments, multi-line strings) or the code of each standard-library file."""
     source = standard_library()
     for file in source.files:
         text = (source.root / file).read_text(encoding="utf-8", errors="replace")
         try:
             is_prose = prose_characters(text)
-        except (tokenize.TokenError, SyntaxError):  # of a Python that is not this one
+        except (tokenize.TokenError, SyntaxError):  # a file in the syntax of another Python version
             continue
         kept = (
             sign for sign, of in zip(text, is_prose, strict=True) if of == prose or sign == "\n"
@@ -245,7 +258,7 @@ def sums() -> Iterator[str]:
 
 
 def report(results: list[Result]) -> str:
-    """Format a Markdown table for each category and number of steps, a row for each fraction."""
+    """Format a Markdown table for each category and number of steps; rows are fractions."""
     lines = []
     for (category, steps), runs in by_key(results, "category", "steps").items():
         names = [*(f"{name}_loss" for name in BASE), "brackets", "repeats"]

@@ -1,12 +1,13 @@
-"""Tree search against plain sampling at equal tokens: planted needles, and sums.
+"""Compare tree search with plain sampling at equal numbers of tokens: planted needles, and sums.
 
 python -m train.experiments.needle --out needle.jsonl --figure tree.png
 python -m train.experiments.needle --report needle.jsonl
 
 A needle is one letter of a response that the policy writes with a known small probability, and that
-alone makes the response right: "late" in the last node of a tree, "middle" and "early" in earlier
-ones. A small decoder of bytes is trained on responses that are drawn so. Cases are problems that 8
-plain samples miss. Each gets one search, and then plain samples until they have as many tokens.
+alone makes the response right. The needle is in the last node of a path of the search tree (task
+"late"), in the middle ("middle") or in the first node ("early"). A small byte-level decoder is
+trained on responses that are sampled with this probability. Cases are problems that 8 plain samples
+fail to solve. Each case is searched once, and then plainly sampled for about as many tokens.
 """
 
 import dataclasses
@@ -52,10 +53,10 @@ from train.rl.types import Completion, Problem, Reward
 MODEL = ModelConfig(
     vocab_size=ByteTokenizer.vocab_size, embed_dim=64, num_layers=2, num_heads=4, mlp_dim=256
 )
-LETTERS, STEP_LEN = 24, 4  # of a response, its end included; of a node
-DEMONSTRATED = 10**6  # first index of the problems that are demonstrated
+LETTERS, STEP_LEN = 24, 4  # tokens of a response with its stop id, and tokens of a node
+DEMONSTRATED = 10**6  # first index of the training problems that are demonstrated
 SIZES = ("problems", "supervised", "stretch")
-SAMPLES = 8  # by which a case is missed
+SAMPLES = 8  # plain samples of each problem; none of them solves a case
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +66,7 @@ class Needle:
     Attributes:
         at: Index of the letter that is z or y.
         rate: Probability of z in demonstrations.
-        length: Number of letters.
+        length: Number of letters of a response.
     """
 
     at: int
@@ -87,25 +88,25 @@ class Needle:
 
 
 def late(stretch: int) -> tuple[Any, int, int]:
-    """Return an entry of `TASKS` with a needle in the last node."""
+    """Return task, response length and node length (`TASKS`), with the needle in the last node."""
     letters = LETTERS * stretch - 1
     return Needle(letters - 2, 1 / 16, letters), letters + 1, STEP_LEN * stretch
 
 
 def middle(stretch: int) -> tuple[Any, int, int]:
-    """Return an entry of `TASKS` with a needle in the middle of the response."""
+    """Return task, response length and node length (`TASKS`), with the needle in the middle."""
     letters = LETTERS * stretch - 1
     return Needle(letters // 2, 1 / 16, letters), letters + 1, STEP_LEN * stretch
 
 
 def early(stretch: int) -> tuple[Any, int, int]:
-    """Return an entry of `TASKS` with a needle in the first node."""
+    """Return task, response length and node length (`TASKS`), with the needle in the first node."""
     letters = LETTERS * stretch - 1
     return Needle(1, 1 / 16, letters), letters + 1, STEP_LEN * stretch
 
 
 def sums(stretch: int) -> tuple[Any, int, int]:
-    """Return an entry of `TASKS` for a real task: sums, with a node for each `stretch` digits."""
+    """Return task, response length and node length (`TASKS`) of sums, a task without a needle."""
     digits = 2 * stretch
     return Arithmetic(seed=0, digits=digits), digits + 2, stretch
 
@@ -116,21 +117,22 @@ TASKS: dict[str, Callable[[int], tuple[Any, int, int]]] = {
     "early": early,
     "sums": sums,
 }
-"""Functions of `stretch` by name: task, tokens of the longest response, and tokens of a node."""
+"""Mapping from a name to a function of `stretch`, the factor on all lengths. The function returns
+the task, the number of tokens of the longest response, and the number of tokens of a node."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Experiment(StudyConfig):
-    """Searches planted needles and sums, or reports stored results.
+    """Compares tree search with plain sampling on each task, or reports stored results.
 
     Attributes:
         tasks: Names of the tasks: "late", "middle", "early" (planted needles) or "sums".
-        problems: Number of problems; only those that 8 samples fail to solve are searched.
+        problems: Number of problems; only problems that 8 samples fail to solve are searched.
         supervised: Number of optimizer steps on demonstrations.
-        stretch: Factor by which responses (24 letters, or numbers of 2 digits) and nodes (4 tokens,
-            or 1) are longer. Search copies cached state once a node.
-        figure: File for the first tree that found a needle, as .png, .pdf or .svg (needs
-            matplotlib); none by default.
+        stretch: Factor on the length of responses (24 tokens, or sums of numbers of 2 digits) and
+            of nodes (4 tokens, or 1 token for sums). The search copies cached state once per node.
+        figure: File for a drawing of a search tree that found a solution, as .png, .pdf or .svg
+            (needs matplotlib); a later run with such a tree overwrites the file. None by default.
     """
 
     tasks: tuple[str, ...] = ("late", "middle", "early", "sums")
@@ -151,14 +153,14 @@ class Experiment(StudyConfig):
 
 
 def main(config: Experiment) -> None:
-    """Search what is missing, or print the table."""
+    """Make the comparisons that the file of results lacks, or print the table."""
     if config.figure:
         check_figure(Path(config.figure))
     run_study(config, ("task", "seed", *SIZES), search_missing, report)
 
 
 def search_missing(config: Experiment, results: Results) -> Iterator[tuple[Result, str]]:
-    """Run what `results` lacks, and yield the result of each run with a line to print."""
+    """Make the comparisons that `results` lacks, and yield each result with a line to print."""
     sizes = {name: getattr(config, name) for name in SIZES}
     runs = ({"task": name, "seed": seed, **sizes} for name in config.tasks for seed in config.seeds)
     for run in results.missing(runs):
@@ -176,18 +178,18 @@ def search_missing(config: Experiment, results: Results) -> Iterator[tuple[Resul
 def compare(
     name: str, seed: int, problems: int, supervised: int, stretch: int
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Compare search with plain sampling on a task's cases: problems that samples do not solve.
+    """Compare tree search with plain sampling on a task's cases, the problems that samples miss.
 
     Args:
         name: Name of the task in `TASKS`.
-        seed: Seed of weights and of noise.
-        problems: Number of problems.
+        seed: Seed of parameters and of sampling.
+        problems: Number of problems among which cases are found.
         supervised: Number of optimizer steps on demonstrations.
-        stretch: Factor of lengths.
+        stretch: Factor on the lengths of responses and nodes.
 
     Returns:
         Entries of a result (fractions of cases that were solved, tokens and throughput), and the
-        trees that found a solution, ready for JSON.
+        search trees that found a solution as JSON-serializable dicts.
 
     Raises:
         ValueError: Samples solve all problems.
@@ -247,7 +249,7 @@ def compare(
 def policy_of(
     task: Any, seed: int, longest: int, supervised: int, folder: str
 ) -> tuple[RLJob, Sampler]:
-    """Train a decoder on demonstrations of a task; return its job and a sampler of its weights."""
+    """Train a decoder on a task's demonstrations; return its job and a sampler from the decoder."""
     config = RLConfig(
         weights="demonstrations", train="all", method="deepsearch(probe=0)", steps=supervised,
         max_new_tokens=longest, max_rows=512, seed=seed, out=folder,
@@ -261,7 +263,7 @@ def policy_of(
 
 
 def report(results: list[Result]) -> str:
-    """Format a Markdown table: means over seeds ± their standard errors."""
+    """Format a Markdown table with a row for each task and `stretch`, and with means over seeds."""
     rows = []
     for (name, stretch), of_task in by_key(results, "task", "stretch").items():
         column = lambda key, scale=1.0, of_task=of_task: [scale * r[key] for r in of_task]  # noqa: E731

@@ -1,14 +1,14 @@
-"""More rollouts of each problem, or more steps? BroRL on a task whose training has flattened out.
+"""Compare more rollouts per problem (BroRL) with more steps, once training has reached a plateau.
 
 python -m train.experiments.plateau --out plateau.jsonl
 python -m train.experiments.plateau --report plateau.jsonl
 
-The mediocre decoder of `reinforce` is trained by BroRL's recipe with few rollouts of each problem
-(the arm "flat"), for so many steps that held-out success hardly rises any more. From there two arms
-learn from equally many rollouts: "longer" continues as before, "broader" takes many rollouts of
-each problem in fewer steps. (Dynamic sampling generates more rollouts than are learned from; the
-table counts all that are generated.)
-Each finished (arm, seed) is a line of the file; a second call runs only what is missing.
+The arm "flat" trains the baseline decoder of `reinforce` with BroRL and few rollouts per problem,
+for so many steps that held-out success hardly rises any more. Two arms continue from the end of
+"flat" and learn from equally many rollouts: "longer" keeps the number of rollouts per problem, and
+"broader" uses many rollouts per problem in fewer steps. (Dynamic sampling generates more rollouts
+than the arms learn from; the table counts all generated rollouts.)
+Each finished run (arm and seed) is one line of the file; a second call trains only missing runs.
 """
 
 import dataclasses
@@ -46,19 +46,19 @@ SIZES = ("task", "steps", "more", "few", "many", "batch_size", "minibatches", "l
 
 @dataclasses.dataclass(frozen=True)
 class Plateau(StudyConfig):
-    """Compares more steps with more rollouts of each problem in fewer steps.
+    """Compares more steps with more rollouts per problem in fewer steps, or reports stored results.
 
     Attributes:
-        task: Task of `experiment reinforce` by name: "reverse", "sort", "mixed", "facts".
-        steps: Number of steps before the two arms, enough for success to flatten out.
+        task: Name of the task of `experiment reinforce`: "reverse", "sort", "mixed", "facts".
+        steps: Number of steps of the arm "flat", enough for success to reach a plateau.
         more: Number of further steps of the arm "longer", a multiple of `many` / `few`.
-        few: Number of rollouts of a problem in the first `steps` and in the arm "longer".
-        many: Number of rollouts of a problem in the arm "broader", a multiple of `few`; this arm
+        few: Number of rollouts per problem in the arms "flat" and "longer".
+        many: Number of rollouts per problem in the arm "broader", a multiple of `few`; this arm
             takes `more` * `few` / `many` steps.
-        batch_size: Number of problems of a step.
+        batch_size: Number of problems in a step.
         minibatches: Number of optimizer steps on the rollouts of a step, in all arms.
-        learning_rate: Constant learning rate with `few` rollouts; the arm "broader" multiplies it
-            by the square root of `many` / `few`.
+        learning_rate: Constant learning rate with `few` rollouts; the arm "broader" multiplies this
+            rate by the square root of `many` / `few`.
         rows: Number of held-out problems, which are never trained on.
     """
 
@@ -84,14 +84,14 @@ class Plateau(StudyConfig):
 
 
 def main(config: Plateau) -> None:
-    """Train what is missing, or print the table."""
+    """Train the runs that the file of results lacks, or print the tables."""
     run_study(config, ("arm", "seed", *SIZES), train_missing, report, ("rows",))
 
 
 def train_missing(config: Plateau, results: Results) -> Iterator[tuple[Result, str]]:
     """Train the runs that `results` lacks, and yield the result of each with a line to print.
 
-    The arms "longer" and "broader" of a seed start from the weights that "flat" ends with.
+    The arms "longer" and "broader" of a seed start from the final parameters of the arm "flat".
     """
     sizes = {name: getattr(config, name) for name in SIZES}
     steps = {LONGER: config.more, BROADER: config.more * config.few // config.many}
@@ -123,7 +123,7 @@ def train_missing(config: Plateau, results: Results) -> Iterator[tuple[Result, s
 def _train(
     config: Plateau, baseline: reinforce.Baseline, steps: int, rollouts: int, folder: str
 ) -> dict[str, Any]:
-    """Train by BroRL's recipe from the weights `baseline.lm`, with `folder` as the run folder.
+    """Train the decoder `baseline.lm` with BroRL; `folder` becomes the run folder.
 
     Returns:
         Held-out success `after`, the entries of `reinforce.of_a_run`, the number of optimizer steps
@@ -157,9 +157,10 @@ def _train(
 
 
 def report(results: list[Result]) -> str:
-    """Format a table for each setting of the options `SIZES`, with means over seeds.
+    """Format a Markdown table for each combination of the options `SIZES`.
 
-    Success is that on held-out problems in percent, with its standard error over seeds.
+    Cells are means over seeds. Success is the percentage of held-out problems that are solved, with
+    its standard error over seeds.
     """
     head = "arm, seeds, before, after, gained, rollouts, tokens, optimizer steps, CPU-seconds"
     lines = []

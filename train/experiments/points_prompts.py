@@ -1,19 +1,20 @@
-"""Does a small model tuned on General Points still read the values that its prompt gives faces?
+"""Test if a small model tuned on General Points still reads the face-card values in its prompt.
 
 python -m train.experiments.points_prompts --out points_prompts.jsonl
 python -m train.experiments.points_prompts --report points_prompts.jsonl
 
-This is the second game of "Debunk the Myth of SFT Generalization" (arXiv 2510.00237), played from
-random parameters as in `sokoban_prompts`. A decoder of 0.35 M parameters first learns what a
-language model knows already: to look up the values that a prompt gives J, Q and K, to write the
-values of cards, and to make 24 of four numbers in a question. Then an adapter is tuned on answers,
-on thoughts with an answer, or on thoughts alone. In the tuning prompts all faces count 10 (frozen),
-or one of six maps of values is sampled for each prompt (diverse). The tuned model plays hands of
-held-out numbers and hands of training numbers.
+This is the second game of "Debunk the Myth of SFT Generalization" (arXiv 2510.00237). Training
+starts from random parameters, as in `sokoban_prompts`. A decoder of 0.35 M parameters first learns
+what a pretrained language model can do already: look up the values that a prompt gives to J, Q and
+K, write the values of cards, and make 24 from four numbers in a question. Then a LoRA adapter is
+tuned on answers, on thoughts with an answer, or on thoughts alone. In the tuning prompts all face
+cards count 10 (frozen), or one of six maps of values is sampled for each prompt (diverse). The
+tuned model plays hands of held-out numbers and hands of training numbers.
 
-Hands have four cards, as in the paper. Three cards make 24 in so few ways that at most 21 problems
-of a variant would be held out. Only three problems would have a formula both for the values that
-the variant "fake" shows and for those that it scores, and none of them would be held out.
+Hands have four cards, as in the paper. With three cards, so few hands can make 24 that at most 21
+problems of a variant would be held out. Only three problems would have a formula both for the
+values that the variant "fake" shows and for the values by which it scores, and none of these three
+problems would be held out.
 """
 
 from __future__ import annotations
@@ -50,10 +51,10 @@ TEMPLATE = PromptTemplate(
     "counts_and_cards", (f"{_COUNTS}\n{{cards}}\n{{target}}\n",), FACES, ("cards", "target")
 )
 TEMPLATES[TEMPLATE.name] = TEMPLATE
-HELD_OUT = 2  # maps, of eight, that only the variant `held_out` uses
+HELD_OUT = 2  # number of maps, of eight, that only the variant `held_out` uses
 TASK = f"general_points(template='{TEMPLATE.name}', held_out={HELD_OUT}, cards={CARDS}, bare=True"
 MOST_COUNTED, LARGEST = 20, 13
-"""Maximum value of a face, and maximum number to make 24 of, in the data of `base_records`."""
+"""Maximum value of a face card, and maximum number to make 24 from, in data of `base_records`."""
 
 COLUMNS = {
     "ID": ("id",),
@@ -83,17 +84,17 @@ HeldOut = Callable[[Sequence[int]], bool]
 COUNT, MAKE = "count", "?"
 """COUNT asks for the values of the cards, and MAKE for a formula of the numbers before it."""
 _SIGNS = "+-*/()=,."
-# Tokens that no text uses. They stand where the vocabulary had parts of JSON answers when the
-# results on file were measured, so that the ids of numbers stay the same.
+# Tokens that no text uses. They replace parts of JSON answers, which the vocabulary had when the
+# stored results were measured, so that the ids of numbers stay the same.
 _UNUSED = tuple(f"<unused {number}>" for number in range(5))
 _TOKENS = r"</?\w+>|\d+|\w+|[^\w\s]"
 
 
 @dataclasses.dataclass(frozen=True)
 class PointsPrompts(PromptStudy):
-    """Tunes a small decoder on demonstrations of General Points and plays the battery, or reports.
+    """Tunes a small decoder on General Points and scores it on the battery, or reports scores.
 
-    The decoder first learns to look up values of faces and cards, and to make 24 of four numbers.
+    The decoder first learns to look up values of cards, and to make 24 from four numbers.
     """
 
     steps: int = 800
@@ -102,7 +103,7 @@ class PointsPrompts(PromptStudy):
 
 
 def main(config: PointsPrompts) -> None:
-    """Tune what is missing, or print the tables."""
+    """Tune the arms that the file of results lacks, or print the tables."""
     run_game(config, GAME)
 
 
@@ -110,7 +111,7 @@ def tokenizer() -> PretrainedTokenizer:
     """Make a tokenizer whose tokens are words, numbers and signs.
 
     Decoded text has a space before "(" and after "." where another word is next to the sign, and no
-    other spaces around signs, so that a formula is one word. It encodes to the same ids again.
+    other spaces around signs, so that a formula is one word. Decoded text encodes to the same ids.
     """
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
@@ -132,10 +133,10 @@ def tokenizer() -> PretrainedTokenizer:
 
 
 def numbers_in_formulas() -> list[int]:
-    """Return the numbers that need tokens, sorted and without duplicates.
+    """Return the numbers that need tokens, in increasing order and without duplicates.
 
-    These are the numbers in prompts, and those in formulas of `CARDS` numbers from 1 to `LARGEST`
-    with their steps.
+    These are the numbers in prompts, and the numbers in the steps of all formulas that make 24 from
+    `CARDS` numbers from 1 to `LARGEST`.
     """
     found = {*range(MOST_COUNTED + 1), TARGET}
     for numbers in itertools.combinations_with_replacement(range(1, LARGEST + 1), CARDS):
@@ -146,18 +147,19 @@ def numbers_in_formulas() -> list[int]:
 
 
 def base_records(count: int, seed: int) -> Iterator[dict[str, Any]]:
-    """Generate conversations that teach the parts of a demonstration's thoughts, one by one.
+    """Generate conversations that teach the parts of a demonstration's thoughts separately.
 
-    Each conversation shows a prompt and asks, in random order, for the value of a face, for the
-    values of the cards, and for two formulas. Faces have random values from 1 to 20; on average,
-    they are all equal in half of the prompts. The numbers of a formula are given in its question
-    and do not come from the prompt's cards. No answer therefore both looks up values and makes 24
-    of them. All numbers of formulas and cards are training numbers. On average, three of five
-    formulas follow their steps in a thought, and the others are an answer after an empty thought.
+    Each conversation shows a prompt and asks, in random order, for the value of a face card, for
+    the values of the cards, and for two formulas. Face cards have random values from 1 to 20; on
+    average, all three values are equal in half of the prompts. The numbers of a formula are given
+    in its question and do not come from the prompt's cards. Therefore no answer both looks up
+    values and makes 24 from them. All numbers of formulas and cards are training numbers. On
+    average, three of five formulas follow their steps in a thought, and the other formulas are an
+    answer after an empty thought.
 
     Args:
         count: Number of conversations.
-        seed: Seed of the values of faces, the cards, the numbers and the order of questions.
+        seed: Seed of the values of face cards, the cards, the numbers and the order of questions.
 
     Yields:
         Records of chat data, `{"messages": [...]}`.

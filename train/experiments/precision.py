@@ -1,7 +1,7 @@
-"""How much loss does bfloat16 add to a trained model, and how often does it fork differently?
+"""Measure how much loss bfloat16 adds to trained models, and how often they fork differently.
 
-Runs of presets are trained in float32. Their weights are then scored on the same held-out rows in
-float32 and bfloat16. The plain decoder, which has no forks, is the control.
+Models of several presets are trained in float32. Each trained model is then scored on the same
+held-out rows in float32 and in bfloat16. The plain decoder, which has no forks, is the control.
 
 python -m train.experiments.precision --steps 200
 """
@@ -38,7 +38,7 @@ from train.pretraining.presets import PRESETS
 
 KEY = ("variant", "seed", "steps")
 VARIANTS = {"plain": "tiny_plain", "prefix_rank": "tiny", "threshold": "tiny_threshold"}
-"""Name of the preset of each variant."""
+"""Mapping from a variant to the name of its preset."""
 BATCH = 8  # rows of a forward pass
 
 
@@ -47,9 +47,9 @@ class Precision(StudyConfig):
     """Trains in float32 and scores in float32 and bfloat16, or reports stored scores.
 
     Attributes:
-        variants: Names of the models to train.
+        variants: Variants to train: "plain", "prefix_rank" and "threshold".
         steps: Number of training steps.
-        rows: Number of held-out rows to score, from the first.
+        rows: Number of held-out rows to score, the first rows of the split.
     """
 
     variants: tuple[str, ...] = tuple(VARIANTS)
@@ -65,7 +65,7 @@ class Precision(StudyConfig):
 
 
 def main(config: Precision) -> None:
-    """Train what is missing, or print the table."""
+    """Train the runs that the file of results lacks, or print the table."""
     run_study(config, KEY, train_missing, report, ("rows",))
 
 
@@ -94,14 +94,15 @@ def train_missing(config: Precision, results: Results) -> Iterator[tuple[Result,
 
 
 def train_and_score(config: RunConfig, rows: int) -> Result:
-    """Train a run in float32, and compare its held-out loss and bubbles with bfloat16.
+    """Train a model in float32, and compare its held-out loss and bubbles in float32 and bfloat16.
 
     Returns:
-        Number of `rows`; `loss` in float32; `added`, what bfloat16 adds to it, with its standard
-        error `added_error` over rows; `size_of_added`, the mean absolute difference of a token's
-        loss; `rows_elsewhere` (number) and `tokens_elsewhere` (fraction) whose bubbles differ;
-        `added_elsewhere` and `added_same`, what is added to rows with and without different
-        bubbles, None without such rows.
+        Entries of a result: the number of scored `rows`; `loss`, in float32 and nats per token;
+        `added`, the loss in bfloat16 minus `loss`, with its standard error `added_error` over rows;
+        `size_of_added`, the mean absolute difference of a token's loss; `rows_elsewhere`, the
+        number of rows, and `tokens_elsewhere`, the fraction of tokens, whose bubbles differ in
+        their number of streams; `added_elsewhere` and `added_same`, the means of the added loss
+        over rows with and without different bubbles, None if there are no such rows.
     """
     train(config)
     check_finished(config.out, config.steps)
@@ -132,7 +133,15 @@ def train_and_score(config: RunConfig, rows: int) -> Result:
 
 
 def scores(model: Thoughtbubbles, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Nats `[N, T]` of each next token, and its streams after each fork layer, `[N, F, T]`."""
+    """Compute the loss of each next token, and the number of streams of each input token.
+
+    Args:
+        model: Model to score.
+        tokens: Token ids of `N` rows, `[N, T + 1]` int32.
+
+    Returns:
+        Nats `[N, T]`, and numbers of streams `[N, F, T]` int32 after each of `F` fork layers.
+    """
 
     @jax.jit
     def run(model: Thoughtbubbles, rows: jax.Array) -> tuple[jax.Array, list[jax.Array]]:
@@ -149,7 +158,7 @@ def scores(model: Thoughtbubbles, tokens: np.ndarray) -> tuple[np.ndarray, np.nd
 
 
 def report(results: list[Result]) -> str:
-    """Format a Markdown table, one line for each run."""
+    """Format a Markdown table with a row for each run."""
     head = ["", "seed", "loss in float32", "bfloat16 adds", "of a token, either way"]
     head += ["rows with other bubbles", "tokens with other bubbles"]
     lines: list[Sequence[str]] = []

@@ -1,10 +1,11 @@
-"""Studies of fine-tuning on one game: does a small model still read the names in its prompt?
+"""Shared parts of studies that test if a small model tuned on one game still reads its prompt.
 
-This follows "Debunk the Myth of SFT Generalization" (arXiv 2510.00237), but from random parameters.
-A small decoder first learns what a language model knows already (the base). Then each arm trains a
-LoRA adapter on demonstrations, whose prompts always show the same names (frozen) or sampled names
-(diverse), and plays the battery (`train.finetuning.battery`). An experiment of this kind defines a
-`PromptGame` and a subclass of `PromptStudy` for its options.
+The studies follow "Debunk the Myth of SFT Generalization" (arXiv 2510.00237), but start from random
+parameters. A small decoder (the base) first learns what a pretrained language model can do already.
+Then each arm trains a LoRA adapter on demonstrations, whose prompts always show the same names
+(frozen) or sampled names (diverse), and the tuned model is scored on the battery
+(`train.finetuning.battery`). A study defines a `PromptGame`, and a subclass of `PromptStudy` for
+its options.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ CHAT = (
 )
 """Chat template for tokenizers whose tokens are words.
 
-A message of the assistant ends in `END`, any other message in a space.
+A message of the assistant ends in `END`, and any other message ends in a space.
 """
 
 ARMS: dict[str, tuple[str, Form]] = {
@@ -70,9 +71,10 @@ ARMS: dict[str, tuple[str, Form]] = {
     "thoughts alone, frozen": ("id", "thoughts"),
     "thoughts alone, diverse": ("diverse", "thoughts"),
 }
-"""Variant of the prompts and form of the completions (`verbalise`) of each arm's demonstrations.
+"""Mapping from an arm to the variant of the prompts and the form of the responses (`verbalise`) in
+its demonstrations.
 
-The last word of "thoughts alone" is the answer.
+In the form "thoughts", the last word of the thoughts is the answer.
 """
 
 PRETRAINING = OptimizerConfig("muon", learning_rate=1e-2, weight_decay=0.0)
@@ -80,7 +82,7 @@ TUNING = OptimizerConfig(learning_rate=3e-3, weight_decay=0.0)
 LORA = LoRAConfig(rank=16, targets=("q", "k", "v", "o", "up", "down"))
 BATCH = 32
 TRAINING_PROBLEMS_SEED = 1000
-"""Seed of the order of the training problems that are played, unlike the seeds of tuning."""
+"""Seed of the order in which training problems are played, different from all seeds of tuning."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +97,7 @@ class PromptStudy(StudyConfig):
         states: Number of game states in the demonstrations that each arm is tuned on.
         steps: Number of tuning steps of each arm.
         episodes: Number of problems of each variant and split that are played.
-        runs: Folder for data and models; data found there are reused, and a run is continued.
+        runs: Folder for data and models. Data in this folder are reused, and runs are resumed.
     """
 
     arms: tuple[str, ...] = tuple(ARMS)
@@ -119,12 +121,13 @@ class PromptGame:
         task: Environment with its options as text, without the closing bracket, so that a variant
             can be added.
         early: Variants, at least one, on whose first turns the model is also scored during tuning.
-        columns: Variants by the name of a table's column, which shows the mean over its variants.
-        paper: Success that the paper reports, as text by arm and column; either may be missing.
+        columns: Mapping from the name of a table's column to the variants that it averages over.
+        paper: Mapping from an arm to a mapping from a column to the success that the paper reports,
+            as text. Both mappings may lack entries.
         model: Config of the decoder.
         tokenizer: Function that makes the tokenizer, whose tokens are words.
-        base_records: Function that generates the records of chat data of the base from their
-            number and a seed.
+        base_records: Function from the number of records and a seed to the records of chat data
+            that the base is trained on.
         seq_len: Maximum number of target tokens in a row of the base's data.
         tuning_seq_len: Maximum number of target tokens in a row of demonstrations.
         max_new_tokens: Maximum number of tokens of a response.
@@ -169,7 +172,7 @@ def train_missing(
 ) -> Iterator[tuple[Result, str]]:
     """Train the runs that `results` lacks, and yield the result of each with a line to print.
 
-    All arms of a seed begin with the same decoder, which is trained first.
+    All arms of a seed start from the same base, which is trained first.
 
     Args:
         config: Options of the study.
@@ -194,7 +197,7 @@ def train_missing(
 
 
 def pretrained(config: PromptStudy, game: PromptGame, seed: int) -> Path:
-    """Train the decoder that all arms of a seed begin with, unless that is done already.
+    """Train the base, from which all arms of a seed start, or reuse it if its run is finished.
 
     Args:
         config: Options of the study.
@@ -231,13 +234,13 @@ def tuned(
         config: Options of the study.
         game: Game to learn.
         arm: Name of the arm, a key of `ARMS`.
-        base: Run folder of the decoder, whose parent also takes the arm's data and run.
+        base: Run folder of the base. The arm's data and run folder are written next to this folder.
         seed: Seed of the demonstrations and of tuning.
 
     Returns:
-        A dict. `scores` has the fields of `VariantScore` on held-out problems by variant, and
-        `trained` those on training problems if `game.play_training`. `early` has the validity of
-        first answers by step of tuning, then by variant of `game.early`.
+        Entries of a result. `scores` maps a variant to the fields of `VariantScore` on held-out
+        problems; if `game.play_training`, `trained` does the same for training problems. `early`
+        maps a step of tuning to the validity of first answers in each variant of `game.early`.
 
     Raises:
         SystemExit: A signal has stopped the run before its last step.
@@ -276,7 +279,7 @@ def played(
         split: Split of the problems.
 
     Returns:
-        Fields of `VariantScore` by the name of the variant.
+        Mapping from the name of a variant to the fields of its `VariantScore`.
     """
     lm = load_named(str(run_folder), None)
     policy = sampler_of(FinetunableModel.whole(lm.model))
@@ -291,7 +294,7 @@ def conversation(
 
     Args:
         prompt: Prompt of the game, which precedes the first question in its message.
-        said: Answer by question.
+        said: Mapping from a question to its answer.
         rng: Random generator of the order.
 
     Returns:
@@ -313,7 +316,7 @@ def validities(out: Path, early: Sequence[str]) -> dict[str, dict[str, float]]:
         early: Names of the variants that were played during tuning, at least one.
 
     Returns:
-        Validity, from 0 to 1, by step as text, then by variant.
+        Mapping from the step, as text, to a mapping from a variant to its validity, from 0 to 1.
     """
     return {
         str(line["step"]): {name: line[f"eval/battery/{name}/validity"] for name in early}
@@ -325,16 +328,16 @@ def validities(out: Path, early: Sequence[str]) -> dict[str, dict[str, float]]:
 def sft(
     weights: Path, data: ChatDataConfig, out: Path, steps: int, seed: int, **options: Any
 ) -> None:
-    """Train on conversations, as the command `sft` does, or continue the run that `out` holds.
+    """Train on conversations, as the command `sft` does, or resume the run in the folder `out`.
 
     Args:
-        weights: Folder of the weights that training begins with.
+        weights: Folder of the model that training starts from.
         data: Conversations, row length and order.
         out: Run folder.
         steps: Number of training steps.
         seed: Seed of the run.
-        options: More options of `SFTConfig`. A `battery` is played every `steps // 8` steps, at
-            least 1, and after the last one.
+        options: Further fields of `SFTConfig`. A `battery` is played every `max(steps // 8, 1)`
+            steps and after the last step.
 
     Raises:
         SystemExit: A signal has stopped the run before its last step.
@@ -365,9 +368,9 @@ def report(results: list[Result], game: PromptGame) -> str:
     """Format Markdown tables of success and validity after tuning, and of validity during tuning.
 
     A cell is a mean over seeds with its standard error. Success and validity on training problems
-    have tables of their own if all results have them. If the results have different options, each
-    combination of options has its own rows, which name them; otherwise the paper's success stands
-    below an arm's.
+    have tables of their own if all results have these scores. If the results have different
+    options, each combination of options has its own rows, which name the options; otherwise the
+    paper's success is shown below the success of each arm.
 
     Args:
         results: Finished runs.

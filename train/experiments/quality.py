@@ -1,11 +1,11 @@
-"""Do forks earn their streams? Variants of one decoder, each trained with several seeds.
+"""Compare the held-out loss of variants of one decoder, with and without forks, over several seeds.
 
 python -m train.experiments.quality --task lookup --variants plain copy2 topk --out lookup.jsonl
 python -m train.experiments.quality --report lookup.jsonl
 
-For a seed, all variants read the same tokens in the same order. Forking variants have up to 0.8 %
-more parameters than the others, for their fork layers. Each finished (task, steps, variant, seed)
-is a line of the file; a second call runs only what is missing.
+For a given seed, all variants read the same tokens in the same order. The fork layers of forking
+variants add up to 0.8 % of parameters. Each finished run (task, steps, variant and seed) is one
+line of the file; a second call trains only the missing runs.
 """
 
 import dataclasses
@@ -58,11 +58,11 @@ KEY = ("task", "steps", "variant", "seed")
 
 @dataclasses.dataclass(frozen=True)
 class RandomForks:
-    """Control policy: `PrefixRank` with a fixed random key per candidate slot instead of scores.
+    """Control policy of random forks: `PrefixRank` with fixed random numbers in place of scores.
 
-    All rows have the same keys, which differ between fork layers with different numbers of
-    candidates. Rows begin anywhere in a text, so that a slot says nothing about its token: which
-    tokens fork is unrelated to what they are.
+    Each candidate slot has its own random number, which is the same in all rows but differs between
+    fork layers with different numbers of candidates. Rows begin anywhere in a text, so that a slot
+    is independent of its token: which tokens fork is unrelated to the content of the tokens.
 
     Attributes:
         ratio: Maximum number of streams per token.
@@ -79,7 +79,7 @@ class RandomForks:
 
     def keep(self, candidates: Candidates) -> jax.Array:
         count = candidates.log_score.shape[1]
-        keys = jax.random.normal(jax.random.key(count), (count,))  # other keys at each fork layer
+        keys = jax.random.normal(jax.random.key(count), (count,))  # differs between fork layers
         keys = jnp.broadcast_to(keys, candidates.log_score.shape)
         return PrefixRank(self.ratio).keep(dataclasses.replace(candidates, log_score=keys))
 
@@ -92,7 +92,7 @@ def _forking(policy, **changes) -> Callable[[ModelConfig], ModelConfig]:
     return _with(fork_layers=FORK_LAYERS, policy=policy, **changes)
 
 
-# Function from the plain decoder's config to the variant's, by name.
+# Mapping from a variant to a function from the plain decoder's config to the variant's config.
 VARIANTS: dict[str, Callable[[ModelConfig], ModelConfig]] = {
     "plain": lambda base: base,
     "copy2": _with(copies=2, merge="rightmost"),
@@ -136,9 +136,10 @@ class Stdlib:
 
 
 class AnswerModel(Thoughtbubbles):
-    """A decoder for the packed rows of `Lookup`, which separates their tokens from the answers.
+    """Decoder for rows of `Lookup`, in which each id packs an input token and an answer together.
 
-    Answers are never its input. Only answers are scored: other targets have log-probability 0.
+    The decoder's input is the tokens without the answers. Only answers are scored: targets without
+    an answer have log-probability 0.
     """
 
     def run(self, tokens: jax.Array, length: jax.Array | None = None, **training: Any) -> Output:
@@ -150,7 +151,7 @@ class AnswerModel(Thoughtbubbles):
 
 
 class LookupTask:
-    """The task `tasks.Lookup` for a narrow decoder with one head, which attends to one offset.
+    """The task `tasks.Lookup` for a narrow decoder whose single head can attend to one offset.
 
     Args:
         rows: Number of held-out rows to score.
@@ -178,11 +179,11 @@ class LookupTask:
             yield self.task.rows(rng, self.batch_size)
 
     def evaluate(self, trainable: Trainable, params: Any) -> dict[str, float]:
-        """Score the held-out answers; prefix-only, on a sample, if the policy is not causal.
+        """Compute the held-out loss of answers, also prefix-only if the policy is not causal.
 
         Args:
             trainable: Structure of the model.
-            params: State of the model's weights.
+            params: State of the model's parameters (`TrainState.weights`).
 
         Returns:
             `loss`, nats per answer of the autoregressive model, and its `standard_error`. If the
@@ -211,11 +212,11 @@ class LookupTask:
         }
 
     def _prefix_only(self, trainable, params, row, at) -> np.ndarray:
-        """Compute nats `[N]` of the answers to the questions at `row`, `at`, from prefixes alone.
+        """Compute nats `[N]` of the answers to `N` questions, with only prefixes as input.
 
         Args:
             trainable: Structure of the model.
-            params: State of the model's weights.
+            params: State of the model's parameters (`TrainState.weights`).
             row: Index of the held-out row of each question `[N]`.
             at: Position of each question in its row `[N]`, the last token of its prefix.
         """
@@ -247,11 +248,11 @@ class Quality(StudyConfig):
         task: Task, "stdlib" (bytes of source text) or "lookup" (`train.experiments.tasks`).
         variants: Variants to train. Variants that are not in the default are prefix_rank_noise,
             topk_unscored, prefix_rank_scored, threshold_scored and threshold_ungated.
-        steps: Number of training steps; 0 takes the task's own number: 2500 for "stdlib", 600 for
-            the lookup task.
+        steps: Number of training steps; 0 stands for the task's default, 2500 for "stdlib" and 600
+            for "lookup".
         rows: Number of held-out rows, the same rows for all variants.
         positions: Number of targets that are scored prefix-only if the policy is not causal.
-        against: Variant whose loss the table subtracts from the others', seed by seed.
+        against: Baseline variant, whose loss with the same seed the table subtracts from each loss.
     """
 
     task: Literal["stdlib", "lookup"] = "lookup"
@@ -277,7 +278,7 @@ def train_missing(config: Quality, results: Results) -> Iterator[tuple[Result, s
     """Train the runs that `results` lacks, and yield the result of each with a line to print.
 
     Raises:
-        ValueError: The file holds results over another number of rows or positions.
+        ValueError: The file holds results with another number of held-out rows or positions.
     """
     task = TASKS[config.task](config.rows, config.positions)
     steps = config.steps or task.steps
@@ -307,7 +308,7 @@ def train_missing(config: Quality, results: Results) -> Iterator[tuple[Result, s
 
 
 def train_and_score(task: Stdlib | LookupTask, model: ModelConfig, steps: int, seed: int) -> Result:
-    """Train a model from random weights, and score it.
+    """Train a model from random initial parameters, and score the trained model.
 
     Args:
         task: Task, with its data and optimizer.
@@ -316,11 +317,11 @@ def train_and_score(task: Stdlib | LookupTask, model: ModelConfig, steps: int, s
         seed: Seed of parameters and training rows.
 
     Returns:
-        Entries of a result: the number of trained `tokens` and of `parameters`; the held-out scores
-        of `task.evaluate`; metrics of each fork layer in the last training batch
+        Entries of a result: the numbers of training `tokens` and of `parameters`; the held-out
+        scores of `task.evaluate`; metrics of each fork layer in the last training batch
         (`fork_L/streams_per_token`, `fork_L/forked_share`, and `fork_L/threshold` if tracked);
-        `step_ms`, the mean time of a step without the first one; `seconds` of the whole run with
-        compilation and scoring; and the version of `jax`.
+        `step_ms`, the mean time of a step in ms, without the first step; `seconds`, the time of the
+        whole run with compilation and scoring; and the version of `jax`.
     """
     trainable = task.trainable(model, steps, seed)
     step, state = make_train_step(trainable), trainable.init()
@@ -350,13 +351,15 @@ def train_and_score(task: Stdlib | LookupTask, model: ModelConfig, steps: int, s
 def report(results: list[Result], against: str = "plain") -> str:
     """Format Markdown tables of variants, one for each task and number of steps.
 
-    Losses are means over seeds ± standard errors. Streams per token are means over seeds, held-out
-    if the result has them, then after each fork layer; the time of a step is a median.
+    Losses are means over seeds ± standard errors. Streams per token are means over seeds. If the
+    results have a held-out number of streams per token, the column shows this number first; then it
+    shows the number after each fork layer in the last training batch. The time of a step is the
+    median over seeds.
 
     Args:
-        results: Finished runs; of several results of one run the last one counts.
-        against: Baseline variant. A column shows the mean difference between a variant's loss and
-            the baseline's loss with the same seed; seeds that the baseline lacks are left out.
+        results: Finished runs. If a run has several results, only the last result is used.
+        against: Baseline variant. One column shows the mean over seeds of a variant's loss minus
+            the baseline's loss with the same seed; seeds without a baseline run are left out.
     """
     latest = {tuple(result[name] for name in KEY): result for result in results}.values()
     lines = []

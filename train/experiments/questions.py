@@ -1,4 +1,4 @@
-"""Questions about three digits, as a task with rewards and as rows for supervised training."""
+"""Questions about lists of three digits, as a task with rewards and as supervised training rows."""
 
 import dataclasses
 import itertools
@@ -23,11 +23,11 @@ from train.rl.types import Completion, Problem, Reward, Split, Trajectory
 KINDS = ("copy", "reverse", "sort")
 LENGTH = 3
 HELD_OUT = 300  # number of held-out lists, of 1000
-WIDTH = 16  # number of tokens of a row, which holds a question with the separators around it
+WIDTH = 16  # number of tokens of a row: separator, question, answer, separator and padding
 MAX_NEW_TOKENS = 6  # tokens of "1,2,3" and the separator
 
 LISTS = np.random.default_rng(0).permutation(list(itertools.product(range(10), repeat=LENGTH)))
-UNSEEN, SEEN = LISTS[:HELD_OUT], LISTS[HELD_OUT:]  # held-out and training lists of all kinds
+UNSEEN, SEEN = LISTS[:HELD_OUT], LISTS[HELD_OUT:]  # held-out lists, and training lists
 
 
 def question(kind: str, numbers: np.ndarray) -> tuple[str, str]:
@@ -43,14 +43,16 @@ def question(kind: str, numbers: np.ndarray) -> tuple[str, str]:
 
 @dataclasses.dataclass(frozen=True)
 class Questions:
-    """Task (`train.rl.protocols.Task`) of digits to copy, reverse or sort.
+    """Reinforcement-learning task (`train.rl.protocols.Task`) to copy, reverse or sort digits.
 
     The reward is 1 for the exact answer in a finished response, else 0. Held-out problems ask each
-    kind of question about each list of `UNSEEN`; training problems have only lists of `SEEN`.
+    kind of question about each held-out list (`UNSEEN`). Training problems ask about random
+    training lists (`SEEN`).
 
     Attributes:
         seed: Seed of training problems.
-        kinds: Probability of each kind of question in training problems; all sum to 1.
+        kinds: Mapping from a kind of question (one of `KINDS`) to its probability in training
+            problems. The probabilities sum to 1.
     """
 
     seed: int
@@ -81,12 +83,13 @@ class Questions:
 
 
 def rows(rng: np.random.Generator, count: int, kinds: Mapping[str, float]) -> dict[str, np.ndarray]:
-    """Sample rows of questions about lists of `SEEN`, with answers, for supervised training.
+    """Sample questions about training lists, and encode them with their answers as training rows.
 
     Args:
         rng: Random generator of the questions.
         count: Number of rows (B).
-        kinds: Probability of each kind of question.
+        kinds: Mapping from a kind of question (one of `KINDS`) to its probability. The
+            probabilities sum to 1.
 
     Returns:
         Arrays `[B, WIDTH]`, as `FinetunableModel.log_probs` takes them: `tokens` int32, padded with
@@ -107,12 +110,12 @@ def rows(rng: np.random.Generator, count: int, kinds: Mapping[str, float]) -> di
 def batches(
     seed: tuple[int, int], size: int, kinds: Mapping[str, float]
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Yield batches of training questions without end.
+    """Yield batches of training rows, as `rows` returns them, without end.
 
     Args:
         seed: Seed of the questions.
         size: Number of rows of a batch.
-        kinds: Probability of each kind of question.
+        kinds: Mapping from a kind of question to its probability.
     """
     rng = np.random.default_rng(seed)
     while True:
@@ -128,21 +131,21 @@ def fit(
     seed: int,
     memgen: MemGenConfig = MemGenConfig(),  # noqa: B008 (frozen)
 ) -> LanguageModel:
-    """Train all parameters of a decoder, or a weaver for it, on rows of questions.
+    """Train all parameters of a decoder, or a weaver for the decoder, on rows of questions.
 
     Args:
-        lm: Model to start from. With method "weaver", training continues the weaver of `lm`, or a
-            new one if it has none.
+        lm: Model to start from. With method "weaver", the weaver of `lm` is trained further, or a
+            new weaver if `lm` has none.
         method: Parameters to train: "all" or "weaver".
         data: Batches, as `rows` returns them.
         steps: Number of training steps.
         optimizer: Optimizer and its schedule.
-        seed: Seed of the initial values of a new weaver, and of random choices in training:
+        seed: Seed of the initial parameters of a new weaver, and of random choices in training:
             dropout, and the events of memory if `memgen.insertion` is "random".
-        memgen: Config of the weaver; if `lm` has one, it must have the same sizes.
+        memgen: Config of the weaver. A weaver that `lm` has already must have the same sizes.
 
     Returns:
-        The trained model. With method "all" it has no weaver, even if `lm` has one.
+        The trained model. With method "all" this model has no weaver, even if `lm` has a weaver.
     """
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
 
@@ -173,12 +176,12 @@ def curves(steps: Sequence[Sequence[Trajectory]]) -> dict[str, list[float | None
     """Compute the learning curves of a run.
 
     Args:
-        steps: Rollouts of each step.
+        steps: Rollouts of each training step.
 
     Returns:
-        Lists over steps, for each kind of question: `KIND/right`, the fraction of right answers,
-        and `KIND/invocations`, the mean number of invocations of memory in a response. An entry is
-        None where the step has no question of this kind.
+        Mapping from names to lists over steps. Each kind of question has two lists: `KIND/right`,
+        the fraction of right answers, and `KIND/invocations`, the mean number of invocations of
+        memory in a response. An entry is None where the step has no question of this kind.
     """
 
     def mean(values: Sequence[float]) -> float | None:

@@ -1,10 +1,10 @@
-"""Does training leak the future through which streams survive? Nothing beats ln 2 on random bits.
+"""Test on random bits whether a trained model leaks later tokens through which streams survive.
 
 python -m train.experiments.random_bits
 
-Every possible string is scored, so that the losses are exact expectations. By Gibbs' inequality a
-model that predicts a bit only from the bits before it cannot score below ln 2, whatever its
-weights.
+Every possible string is scored, so that the losses are exact expectations. By Gibbs' inequality, a
+model that predicts each bit from earlier bits alone cannot have a loss below ln 2, whatever its
+parameters. A lower loss therefore shows a leak.
 """
 
 import dataclasses
@@ -26,13 +26,13 @@ from train.experiments.study import check_options
 
 @dataclasses.dataclass(frozen=True)
 class RandomBits:
-    """Trains each policy on uniform random bits and scores it on all strings.
+    """Trains a model with each fork policy on uniform random bits, and scores it on all strings.
 
     Attributes:
-        length: Number of input bits of a string; each predicts the next bit.
+        length: Number of input bits of a string; each input bit predicts the next bit.
         ratio: Streams per token; at 2 the first fork layer keeps every fork, and nothing leaks.
         steps: Number of training steps.
-        batch_size: Number of fresh strings of a step.
+        batch_size: Number of new strings in a step.
         seeds: Seeds of initial parameters and strings.
     """
 
@@ -47,7 +47,7 @@ class RandomBits:
 
 
 def main(config: RandomBits) -> None:
-    """Train and score each policy with each seed, and print a line for each."""
+    """Train and score a model with each policy and seed, and print a line for each model."""
     policies = (TopK(config.ratio), PrefixRank(config.ratio), Threshold(config.ratio))
     print(f"ln 2 = {math.log(2):.6f} nats; {config.steps} steps on strings of {config.length} bits")
     for policy in policies:
@@ -63,14 +63,14 @@ def main(config: RandomBits) -> None:
 
 
 def model_config(policy: Policy) -> ModelConfig:
-    """Return the config of a model of five layers of width 32, which forks before two of them."""
+    """Return the config of a model with five layers of width 32, and with two fork layers."""
     return ModelConfig(
         vocab_size=2, embed_dim=32, num_layers=5, num_heads=2, fork_layers=(1, 3), policy=policy
     )
 
 
 def trained(model: ModelConfig, config: RandomBits, seed: int) -> tuple[Trainable, TrainState]:
-    """Train a model on fresh random strings."""
+    """Train a model on new random strings in each step."""
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     trainable = make_trainable(model, OptimizerConfig(), config.steps, mesh, seed)
     step, state = make_train_step(trainable), trainable.init()
@@ -85,8 +85,8 @@ def all_strings(trainable: Trainable, state: TrainState, length: int) -> dict[st
     """Compute the mean nats per bit over all strings of `length + 1` bits.
 
     Returns:
-        Dict of `parallel`, from teacher-forced passes over whole strings, and `prefix_only`, from a
-        separate pass over each prefix.
+        Dict of `parallel`, from teacher-forced forward passes over whole strings, and
+        `prefix_only`, from a separate forward pass over each prefix.
     """
     rows = strings(length + 1)
 
@@ -96,7 +96,7 @@ def all_strings(trainable: Trainable, state: TrainState, length: int) -> dict[st
 
     @jax.jit
     def next_bit(variables: Any, prefixes: jax.Array) -> jax.Array:
-        """Expected nats of the next bit, whose two values are equally likely."""
+        """Compute the expected nats of the next bit, whose two values are equally likely."""
         model = trainable.model(variables)
         streams = model.run(prefixes).streams
         logits = model.logits_at(streams, jnp.full(prefixes.shape[:1], prefixes.shape[1] - 1))

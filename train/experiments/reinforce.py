@@ -1,13 +1,13 @@
-"""Does it learn? Held-out success before and after reinforcement learning, and of controls.
+"""Measure held-out success before and after reinforcement learning, and of controls.
 
 python -m train.experiments.reinforce --out reinforce.jsonl
 python -m train.experiments.reinforce --report reinforce.jsonl
 python -m train.experiments.reinforce --tasks mixed --arms knapsack "knapsack(low=8, high=8)"
 
-A small decoder of bytes is trained on demonstrations of a task until it is mediocre at it. Each arm
-starts from there: a method of `train.rl` on problems without demonstrations, or a control: GRPO
-with rewards from a coin, or as many more optimizer steps on the demonstrations.
-Each finished (task, arm, seed) is a line of the file; a second call runs only what is missing.
+A small byte-level decoder, the baseline, is trained on demonstrations of a task until it solves
+some problems. Each arm trains the baseline further: a method of `train.rl` on problems without
+demonstrations, or a control (GRPO with random rewards, or as many more steps on demonstrations).
+Each finished run (task, arm and seed) is one line of the file; a second call trains missing runs.
 """
 
 import dataclasses
@@ -58,7 +58,7 @@ from train.runs.metrics import read_metrics
 # First indices of training problems for demonstrations and for validation; rollouts begin at 0.
 DEMONSTRATED, VALIDATION = 10**6, 2 * 10**6
 CHECK_EVERY = 10  # supervised steps between validations
-ROWS = 128  # of a supervised step
+ROWS = 128  # number of rows in a supervised step
 MODEL = ModelConfig(
     vocab_size=ByteTokenizer.vocab_size, embed_dim=64, num_layers=2, num_heads=4, mlp_dim=256
 )
@@ -66,12 +66,12 @@ MODEL = ModelConfig(
 
 @dataclasses.dataclass(frozen=True)
 class TaskSetup:
-    """A task, and the supervision that makes its mediocre baseline.
+    """A task, and the supervised training of its baseline.
 
     Attributes:
-        task: Task of `train.rl.tasks`, written with its options.
-        demonstrations: Number of problems whose answers are shown, again and again.
-        enough: Fraction of solved validation problems at which the supervision ends.
+        task: Name of a task of `train.rl.tasks` with its options.
+        demonstrations: Number of problems with answers that supervised training samples from.
+        enough: Fraction of solved validation problems at which supervised training ends.
         steps: Maximum number of supervised optimizer steps.
         max_new_tokens: Number of tokens of the longest answer with its stop id.
         pool: Number of training problems of reinforcement learning; None for no limit.
@@ -92,7 +92,7 @@ TASKS = {
     "sort": TaskSetup("sort(length=5, shortest=3)", 200, 0.4, 300, 6),
     # Some problems are always solved and some never.
     "mixed": TaskSetup("reverse(length=8)", 400, 0.35, 300, 9, pool=256),
-    # Half of the questions ask for a fact that is not stated; to answer them is to guess.
+    # Half of the questions ask for a fact that is not stated; an answer to them is a guess.
     "facts": TaskSetup("hidden_facts(facts=2, values=5)", 4000, 0.4, 600, 2, abstained=0.1),
 }
 CONTROLS = ("coin", "demonstrations")
@@ -100,18 +100,18 @@ CONTROLS = ("coin", "demonstrations")
 
 @dataclasses.dataclass(frozen=True)
 class Experiment(StudyConfig):
-    """Runs arms on tasks, or reports their results.
+    """Trains and scores each arm on each task, or reports stored results.
 
     Attributes:
-        tasks: Tasks by name: "reverse", "sort", "mixed", "facts".
+        tasks: Names of the tasks: "reverse", "sort", "mixed", "facts".
         arms: Methods of `train.rl` with their options, or controls: "coin" is GRPO with rewards
-            that do not depend on the answer, "demonstrations" is more supervision.
+            that do not depend on the answer, "demonstrations" is more supervised training.
         pretrain_steps: Maximum number of supervised steps of the baseline; 0 for the task's number.
         steps: Number of steps of each arm after the baseline.
-        batch_size: Number of problems of a step.
-        num_generations: Number of answers to each problem; methods with a number of their own, such
-            as brorl, keep it. A step on demonstrations has as many rows as grpo has answers.
-        learning_rate: Peak learning rate of each arm; brorl scales it.
+        batch_size: Number of problems in a step.
+        num_generations: Number of answers to each problem, except for methods that set their own
+            number, such as brorl. A step on demonstrations has as many rows as grpo has answers.
+        learning_rate: Peak learning rate of each arm; the method brorl scales this rate.
         rows: Number of held-out problems, which are never trained on.
     """
 
@@ -136,7 +136,7 @@ class Experiment(StudyConfig):
 
 
 class ValidationTask:
-    """Task whose test problems are training problems, so that no held-out problem ends training."""
+    """Task whose test split consists of training problems, for early stopping of the baseline."""
 
     def __init__(self, task: Task):
         self._task = task
@@ -147,7 +147,7 @@ class ValidationTask:
 
 
 class Coin:
-    """Control whose rewards are 1 with probability `share`, else 0; `success` is as in `task`."""
+    """Control task with random rewards, 1 with probability `share`; `success` is that of `task`."""
 
     def __init__(self, task: Task, share: float, seed: int):
         self._task, self._share = task, share
@@ -163,7 +163,7 @@ class Coin:
 
 
 def main(config: Experiment) -> None:
-    """Run what is missing, or print the table."""
+    """Train the runs that the file of results lacks, or print the table."""
     settings = (
         "pretrain_steps", "steps", "batch_size", "num_generations", "learning_rate", "rows",
     )  # fmt: skip
@@ -171,7 +171,7 @@ def main(config: Experiment) -> None:
 
 
 def train_missing(config: Experiment, results: Results) -> Iterator[tuple[Result, str]]:
-    """Train the runs that `results` lacks; the arms of a task and seed start from one baseline."""
+    """Train and yield the missing runs; all arms of a task and seed start from one baseline."""
     for name, seed in itertools.product(config.tasks, config.seeds):
         runs = results.missing({"task": name, "seed": seed, "arm": arm} for arm in config.arms)
         if not runs:
@@ -190,11 +190,11 @@ class Baseline:
     Args:
         config: Options of the experiment.
         name: Name of the task in `TASKS`.
-        seed: Seed of weights, problems, demonstrations and rollouts.
+        seed: Seed of parameters, problems, demonstrations and rollouts.
 
     Attributes:
-        lm: The trained decoder, after `steps` supervised steps at a `cost` in seconds.
-        success: Fraction of held-out problems that it solves.
+        lm: The trained decoder, after `steps` supervised steps that took the time `cost`.
+        success: Fraction of held-out problems that the decoder solves.
     """
 
     def __init__(self, config: Experiment, name: str, seed: int):
@@ -221,7 +221,7 @@ class Baseline:
         self.cost = clock.read()
 
     def demonstrations(self) -> list[Problem]:
-        """Return the training problems whose answers are shown; some answers abstain instead."""
+        """Return the demonstrated training problems; a few answers are replaced by abstentions."""
         count, rng = self.setup.demonstrations, np.random.default_rng([self.seed, 4])
         shown = [self.task.problem("train", DEMONSTRATED + i) for i in range(count)]
         for i in np.flatnonzero(rng.random(count) < self.setup.abstained):
@@ -229,7 +229,7 @@ class Baseline:
         return shown
 
     def rl(self, folder: str, **changes: Any) -> RLConfig:
-        """Return the config of a run in `folder`, with the fields in `changes` replaced."""
+        """Return the config of reinforcement learning in `folder`, with `changes` applied."""
         config = self.config
         method = part_from_text("method", changes.pop("method", "grpo"))
         own = method.num_generations is not None
@@ -257,15 +257,15 @@ class Baseline:
 
 
 def demonstrate(job: RLJob, problems: Sequence[Problem], batch_size: int) -> Iterator[TrainState]:
-    """Train on the answers of problems without end, and yield states as `supervise` does."""
+    """Run supervised training on the answers of problems; yields states as `supervise` does."""
     return supervise(job, answered(job.lm, problems), batch_size)
 
 
 def supervise(job: RLJob, rows: dict[str, np.ndarray], batch_size: int) -> Iterator[TrainState]:
-    """Train on rows without end, and yield the state after each step; the next step donates it.
+    """Run supervised training without end; yields each step's state, which the next step donates.
 
     Args:
-        job: Job whose initial weights are trained.
+        job: Job whose initial parameters training starts from.
         rows: Arrays `tokens` `[N, L]` int32, `trained` (loss mask) `[N, L]` bool, `length` `[N]`.
         batch_size: Number of rows of a step.
     """
@@ -283,7 +283,7 @@ def supervise(job: RLJob, rows: dict[str, np.ndarray], batch_size: int) -> Itera
 
 
 def answered(lm: LanguageModel, problems: Sequence[Problem]) -> dict[str, np.ndarray]:
-    """Encode prompts with answers, as the rows of `supervise`; padding is 0 on the right."""
+    """Encode prompts with answers as rows for `supervise`, padded on the right with 0."""
     prompts = [lm.prompt(problem.prompt) for problem in problems]
     answers = [
         [*lm.tokenizer.encode(str(problem.answer))[0].tolist(), lm.stop_ids[0]]
@@ -309,11 +309,11 @@ def shuffled(
 
 
 def score_arm(baseline: Baseline, arm: str) -> dict[str, Any]:
-    """Train one arm from the baseline.
+    """Train one arm from the baseline, and score it on held-out problems.
 
     Returns:
-        Held-out success `before` and `after`, the options of the arm, its `seconds` and
-        `cpu_seconds`, those of the baseline (`baseline_*`), and, except for "demonstrations", the
+        Held-out success `before` and `after`, the arm's options, `seconds` and `cpu_seconds`, steps
+        and times of the baseline (`baseline_*`), and, except for the arm "demonstrations", the
         entries of `of_a_run`.
     """
     config, clock = baseline.config, Clock()
@@ -359,12 +359,12 @@ OUTCOMES = ("accuracy", "uncertain", "hallucination", "truthfulness")
 
 
 def of_a_run(lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Summarise the metrics of a run, one dict for each logged step or evaluation.
+    """Summarise the logged metrics of a run, given as one dict for each step or evaluation.
 
     Returns:
         Sums `rollouts`, `tokens`, `rollout_seconds`, `update_seconds`; `held_out`, pairs of step
-        and success; `outcomes`, the `OUTCOMES` at each evaluation, if it has them; and `tenths`,
-        means of the metrics `KEPT` over parts of the run, each a tenth of the steps, rounded down.
+        and success; `outcomes`, a list over evaluations for each of `OUTCOMES` that is logged; and
+        `tenths`, means of the metrics `KEPT` over parts of the run with a tenth of the steps each.
     """
     steps = [line for line in lines if "reward" in line]
     total = lambda name: float(sum(step[name] for step in steps))  # noqa: E731
@@ -390,7 +390,7 @@ def of_a_run(lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def report(results: list[Result]) -> str:
-    """Format a table of held-out success in percent, mean over seeds ± standard error, and cost."""
+    """Format a table of cost and held-out success in percent, mean over seeds ± standard error."""
     rows = []
     for (task, arm), of_arm in by_key(results, "task", "arm").items():
         gained = [100 * (r["after"] - r["before"]) for r in of_arm]
@@ -422,14 +422,14 @@ def report(results: list[Result]) -> str:
 
 
 def late_mixed(result: Result) -> float:
-    """Compute the fraction of rollouts in groups of mixed outcomes, in the last half of a run."""
+    """Compute the fraction of rollouts in groups with mixed outcomes, in the last half of a run."""
     parts = result["tenths"]
     tenths = parts["mixed_rollouts" if "mixed_rollouts" in parts else "mixed_groups"]
     return float(np.mean(tenths[len(tenths) // 2 :]))
 
 
 def outcomes_table(results: Sequence[Result]) -> list[str]:
-    """Format a table of the `OUTCOMES` on held-out problems in percent, before and after."""
+    """Format a table of held-out `OUTCOMES` in percent, before and after training."""
     rows = []
     for (task, arm), of_arm in by_key(results, "task", "arm").items():
         for when, index in (("before", 0), ("after", -1)):

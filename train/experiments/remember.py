@@ -1,14 +1,14 @@
-"""Both stages of MemGen by reinforcement learning: the weaver, then a trigger with a penalty.
+"""Train both stages of MemGen by reinforcement learning: the weaver, then a trigger with a penalty.
 
 python -m train.experiments.remember --out remember.jsonl
 python -m train.experiments.remember --report remember.jsonl
 
-A small decoder is pretrained to copy and to reverse three digits; only 2 % of its texts sort them,
-so that it seldom sorts correctly. Then it is frozen. A weaver is trained on all three kinds of
-questions: by supervision, which is stopped early, and then by GRPO (the control is more
-supervision). With the rewarded weaver frozen too, a trigger learns by GRPO when memory is worth its
-price.
-Each finished (arm, seed) is a line of the file; a second call runs only what is missing.
+A small decoder is pretrained to copy and to reverse three digits; only 2 % of the texts sort
+digits, so that the decoder seldom sorts correctly. Then the decoder is frozen. A weaver is trained
+on all three kinds of questions: first with supervision, which is stopped early, and then by GRPO
+(the control is more supervised training). Then this weaver is frozen too, and a trigger learns by
+GRPO when memory is worth the penalty on each invocation.
+Each finished run (arm and seed) is one line of the file; a second call trains only missing runs.
 """
 
 import dataclasses
@@ -72,7 +72,7 @@ REASONER = ModelConfig(
 MEMGEN = MemGenConfig(
     WeaverConfig(4, 4, latents_see_latents=False, lora=LoRAConfig(8, 16.0, targets=ALL_LINEAR)),
     max_inference_events=LENGTH - 1,
-    insertion="random",  # so that the weaver learns from texts without memory at some places too
+    insertion="random",  # the weaver also learns from texts without memory at some boundaries
 )
 TRIGGER = TriggerConfig("tokens", lora=LoRAConfig(8, 16.0, targets=ALL_LINEAR))
 
@@ -82,10 +82,10 @@ class Trained:
     """Model of an arm, and the cost of the last stage of its training.
 
     Attributes:
-        policy: Trained model.
+        policy: Trained model, a frozen reasoner with latent memory.
         memory: Trigger policy with which the model is evaluated.
-        cost: Numbers of optimizer `steps`, `rollouts` and sampled `tokens` of the arm's last stage;
-            a missing entry is 0.
+        cost: Mapping with the numbers of optimizer `steps`, `rollouts` and sampled `tokens` of the
+            arm's last training stage; a missing entry stands for 0.
         curve: Learning curves of reinforcement learning (`train.experiments.questions.curves`);
             empty after supervision.
     """
@@ -97,7 +97,7 @@ class Trained:
 
 
 class Stages:
-    """Models that the arms of a seed share; each model is trained at its first use.
+    """Models that the arms of a seed share; each model is trained lazily, at its first use.
 
     Args:
         config: Options of the experiment.
@@ -125,7 +125,7 @@ class Stages:
 
     @functools.cached_property
     def taught(self) -> LanguageModel:
-        """The decoder with a weaver after `sft_steps` steps, whose learning rate never decays."""
+        """The decoder with a weaver after `sft_steps` steps without learning-rate decay."""
         steps = self.config.sft_steps
         return self._supervised(
             self.reasoner, "weaver", stream=1, rate=1e-2, final=1.0, steps=steps
@@ -152,13 +152,13 @@ class Stages:
         return LanguageModel(self.reasoner.model, ByteTokenizer(), trained.policy), trained
 
     def triggered(self, penalty: InvocationPenalty, **changes: Any) -> Trained:
-        """Train a trigger of the rewarded weaver, on greedy tokens and sampled decisions.
+        """Train a trigger for the weaver of `rewarded`, on greedy tokens and sampled decisions.
 
         By default (`TriggerGRPO`), advantages are not divided by the standard deviation of rewards.
-        Otherwise, in a group whose answers are all right, even the smallest penalty would give
-        advantages of full size, and all kinds of questions would push the trigger to decline. A
-        trigger that never invokes learns nothing more. A KL penalty therefore keeps the trigger
-        near its start, where it invokes with probability 1/2.
+        With the division, in a group whose answers are all right, even the smallest penalty would
+        give advantages of full size, and all kinds of questions would train the trigger to skip
+        memory. A trigger that never invokes memory learns nothing more. A KL penalty therefore
+        keeps the trigger near its initial policy, which invokes memory with probability 1/2.
 
         Args:
             penalty: Penalty on invocations, the only reward shaping.
@@ -185,10 +185,10 @@ class Stages:
 
         Args:
             lm: Model to start from.
-            changes: Fields of `RLConfig` besides `num_generations`, `max_new_tokens` and `seed`.
+            changes: Fields of `RLConfig` except `num_generations`, `max_new_tokens` and `seed`.
 
         Returns:
-            The trained model with the trigger policy of its rollouts, its cost and its curves.
+            The trained model with the trigger policy of the rollouts, cost and learning curves.
         """
         config = RLConfig(
             num_generations=self.config.num_generations,
@@ -251,7 +251,7 @@ SETTINGS = (
 )  # fmt: skip
 """Options that all results of a file must share."""
 
-COIN = RandomInvoke(TRIGGER.init_invoke_prob)  # decides as an untrained trigger does
+COIN = RandomInvoke(TRIGGER.init_invoke_prob)  # invokes with an untrained trigger's probability
 ARMS: dict[str, Callable[[Stages], Trained]] = {
     "reasoner alone": _frozen,
     "weaver, supervised": _taught,
@@ -267,23 +267,23 @@ ARMS: dict[str, Callable[[Stages], Trained]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Experiment(StudyConfig):
-    """Trains arms, or reports what was trained.
+    """Trains and evaluates arms, or reports stored results.
 
     Attributes:
-        arms: Arms by name, all by default.
-        pretrain_steps: Number of steps that pretrain the decoder.
+        arms: Names of the arms, all by default.
+        pretrain_steps: Number of pretraining steps of the decoder.
         sft_steps: Number of supervised steps of the weaver before GRPO.
         weaver_steps: Number of steps of GRPO on the weaver, and of supervised steps of the arm
             "weaver, more supervision".
         trigger_steps: Number of steps of GRPO on the trigger.
         batch_size: Number of rows of a supervised step.
-        weaver_problems: Number of questions of a step of GRPO on the weaver.
-        trigger_problems: Number of questions of a step of GRPO on the trigger.
-        num_generations: Number of answers to each question of a step of GRPO.
+        weaver_problems: Number of questions in a step of GRPO on the weaver.
+        trigger_problems: Number of questions in a step of GRPO on the trigger.
+        num_generations: Number of answers to each question in a step of GRPO.
         weaver_rate: Peak learning rate of GRPO on the weaver.
         trigger_rate: Peak learning rate of GRPO on the trigger.
-        price: Weight of the penalty on invocations.
-        hold: Weight of the KL penalty that keeps the trigger near its start.
+        price: Weight of the reward penalty on invocations of memory.
+        hold: Weight of the KL penalty that keeps the trigger near its initial policy.
         held_out: Number of held-out questions of each kind, at most 300.
     """
 
@@ -314,7 +314,7 @@ class Experiment(StudyConfig):
 
 
 def main(config: Experiment) -> None:
-    """Train what is missing, or print the tables."""
+    """Train the runs that the file of results lacks, or print the tables."""
     run_study(config, ("arm", "seed"), train_missing, report, SETTINGS)
 
 
@@ -338,12 +338,13 @@ def run_arm(stages: Stages, arm: str) -> dict[str, Any]:
         arm: Name of the arm in `ARMS`.
 
     Returns:
-        Checksums of the frozen decoder (`reasoner`) and of the `weaver`; the cost of the last stage
-        as `steps`, `rollouts` and `tokens`; the entries of `held_out`; the version of `jax`; and
-        `curve`, if the arm has one. `seconds` is the training time without pretraining and
-        evaluation; shared models count for the arm that uses them first. With a trained trigger,
-        whose decisions are sampled, there are also `argmax`, the held-out results with its more
-        probable decisions, and `coin`, those with random decisions at the same rate.
+        Entries of a result: checksums of the frozen decoder (`reasoner`) and of the `weaver`; the
+        cost of the last stage as `steps`, `rollouts` and `tokens`; the entries of `held_out`; the
+        version of `jax`; and `curve`, if the arm has learning curves. `seconds` is the training
+        time without pretraining and evaluation; the time of shared models counts for the first arm
+        that uses them. An arm with a trained trigger is evaluated with sampled decisions, and also
+        has `argmax`, the held-out results with the trigger's more probable decisions, and `coin`,
+        the held-out results with random decisions at the same rate.
 
     Raises:
         RuntimeError: The frozen decoder changed.
@@ -379,11 +380,11 @@ def held_out(stages: Stages, policy: MemGen, memory: TriggerPolicy) -> dict[str,
         memory: Trigger policy.
 
     Returns:
+        Entries of a result. Means over kinds of questions, with the mixture weights `QUESTIONS`:
         `accuracy` with its `standard_error` over questions, `invocations` per response, and `rate`,
-        the fraction of decisions that invoke, for a mix of kinds with the weights `QUESTIONS`.
-        `kinds` has a dict for each kind: `accuracy`, `invocations`, `asked`, the decisions per
-        response, and `places`, the fractions of responses with memory before their token 0, 1, and
-        so on.
+        the fraction of trigger decisions that invoke memory. `kinds` maps each kind to a dict of
+        its `accuracy`; its `invocations` and decisions (`asked`) per response; and `places`, a list
+        of the fractions of responses with memory before token 0, 1, and so on.
     """
     lm = stages.reasoner
     tokenizer = lm.tokenizer

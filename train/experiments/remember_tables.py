@@ -1,4 +1,4 @@
-"""Tables of the experiment on both stages of MemGen (`train.experiments.remember`)."""
+"""Format the tables of the experiment on both stages of MemGen (`train.experiments.remember`)."""
 
 from collections.abc import Mapping
 
@@ -12,16 +12,17 @@ ALWAYS, START = "weaver, GRPO", "trigger at its start"
 
 
 def report(results: list[Result]) -> str:
-    """Format up to three Markdown tables, with means over seeds ± their standard errors.
+    """Format up to three Markdown tables, with means over seeds ± standard errors.
 
-    The first has the held-out results of each arm, and of each trained trigger also with its more
-    probable decisions ("argmax") and with random decisions at its rate ("coin"). The second
-    compares triggers with the arm that always invokes, seed by seed: difference of accuracy, and
-    invocations in percent of that arm's. It is left out if that arm was not run. The third has the
-    cost of the last training stage of each arm.
+    The first table has the held-out results of each arm. Each trained trigger has two more rows:
+    with the trigger's more probable decisions ("argmax"), and with random decisions at the
+    trigger's rate ("coin"). The second table compares triggers with the arm `ALWAYS`, which always
+    invokes memory, seed by seed: difference of accuracy, and invocations in percent of the
+    invocations of `ALWAYS`. The second table is left out if `ALWAYS` was not run. The third table
+    has the cost of the last training stage of each arm.
     """
     arms = {arm: of_arm for (arm,), of_arm in by_key(results, "arm").items()}
-    rated = {}  # results of all seeds, by what is evaluated
+    rated = {}  # mapping from the name of a row to the results of all seeds
     for arm, of_arm in arms.items():
         rated[arm] = of_arm
         for name in ("argmax", "coin"):
@@ -55,7 +56,7 @@ def _accuracy_table(rated: Mapping[str, list[Result]]) -> list[str]:
 def _savings_table(
     rated: Mapping[str, list[Result]], arms: Mapping[str, list[Result]]
 ) -> list[str]:
-    """Compare triggers with the arm that always invokes; empty if that arm was not run."""
+    """Compare triggers with the arm `ALWAYS`; returns no lines if this arm was not run."""
     always, start = ({r["seed"]: r for r in arms.get(arm, ())} for arm in (ALWAYS, START))
     if not always:
         return []

@@ -1,10 +1,10 @@
-"""Does a pretrained model that learns to fork predict better than the same one without forks?
+"""Compare further training of a pretrained model with added fork layers and without.
 
 python -m train.experiments.retrofit --out docs/quality/retrofit.jsonl
 python -m train.experiments.retrofit --report docs/quality/retrofit.jsonl
 
-Each finished (task, steps, variant, seed) is a line of the file, where the task is the name of the
-weights; a second call runs only what is missing.
+Each finished run (task, steps, variant and seed) is one line of the file, where the task is the
+name of the pretrained weights; a second call trains only the missing runs.
 """
 
 import dataclasses
@@ -38,7 +38,7 @@ from train.pretraining.job import TRAINED
 SETTINGS = ("weights", "layers", "policy", "batch_size", "seq_len", "optimizer", "rows")
 """Options that all results of a file must share."""
 
-# By the name of a variant: whether the model forks, and which of its parameters are trained.
+# Mapping from a variant to whether the model forks, and the filter of the trained parameters.
 VARIANTS = {
     "plain": (False, TRAINED["all"]),
     "forks_only": (True, TRAINED["forks"]),
@@ -57,8 +57,8 @@ class Retrofit(StudyConfig):
         variants: Variants to train: "plain" has no forks, "forks_only" trains only the fork layers,
             and "forks_and_all" trains fork layers and all other parameters.
         steps: Number of training steps.
-        batch_size: Number of rows of a step, the same rows for all variants.
-        seq_len: Number of tokens of a row.
+        batch_size: Number of rows in a step, the same rows for all variants.
+        seq_len: Number of tokens in a row.
         optimizer: Optimizer of all variants.
         rows: Number of held-out rows, the same rows for all variants.
 
@@ -98,8 +98,8 @@ def train_missing(config: Retrofit, results: Results) -> Iterator[tuple[Result, 
 
     Raises:
         ValueError: The file holds results with other settings, which are all options except
-            `weights`, `variants`, `seeds`, `steps`, `out` and `report`; or there are no such
-            weights.
+            `weights`, `variants`, `seeds`, `steps`, `out` and `report`; or the pretrained weights
+            do not exist.
     """
     settings = json.loads(json.dumps(dataclasses.asdict(config) | {"policy": repr(config.policy)}))
     for name in ("weights", "variants", "seeds", "steps", "out", "report"):
@@ -133,7 +133,7 @@ def train_missing(config: Retrofit, results: Results) -> Iterator[tuple[Result, 
 
 
 def prepare_data(pretrained: Pretrained, seq_len: int) -> PackedData:
-    """Prepare the standard library's source, encoded with the whole tokenizer of the weights."""
+    """Prepare the standard library's source with the whole tokenizer of the pretrained model."""
     data = DataConfig(seq_len=seq_len)
     name = keep_tokenizer(pretrained.tokenizer, data)
     return prepare(dataclasses.replace(data, tokenizer=name))
@@ -142,7 +142,7 @@ def prepare_data(pretrained: Pretrained, seq_len: int) -> PackedData:
 def train_and_score(
     config: Retrofit, pretrained: Pretrained, data: PackedData, variant: str, seed: int
 ) -> Result:
-    """Train one variant from pretrained weights, and score it before and after.
+    """Train one variant from pretrained parameters, and score it before and after training.
 
     Args:
         config: Options of the experiment.
@@ -152,12 +152,13 @@ def train_and_score(
         seed: Seed of the fork layers' parameters and of the order of rows.
 
     Returns:
-        Entries of a result: the number of training `tokens`, of `parameters` and of
-        `trained_parameters`; the held-out scores of `Evaluator` after training, and `loss_before`;
-        `training_loss`, a list over steps; metrics of each fork layer in the last training batch
-        (`fork_L/...`) and `gates`, the factor on the scores of forks in each fork layer; `step_ms`,
-        the median time of a step; `seconds` and `cpu_seconds` of training and both evaluations,
-        with compilation; and the version of `jax`.
+        Entries of a result: the numbers of training `tokens`, of `parameters` and of
+        `trained_parameters`; the held-out scores of `Evaluator` after training, and `loss_before`,
+        the held-out loss before training; `training_loss`, a list over steps; metrics of each fork
+        layer in the last training batch (`fork_L/...`) and `gates`, the factor on the scores of
+        forks in each fork layer; `step_ms`, the median time of a step in ms; `seconds` and
+        `cpu_seconds`, the time of training and both evaluations with compilation; and the version
+        of `jax`.
     """
     forked, trained = VARIANTS[variant]
     model, weights = pretrained.config, pretrained.params

@@ -1,4 +1,4 @@
-"""Models of the study of secrets: tokenizer, honest model, and tuning of models that hide."""
+"""Tokenizer, honest model, and tuning of models that hide a secret, for the study of secrets."""
 
 from __future__ import annotations
 
@@ -51,7 +51,8 @@ CONTROL = ("<|im_start|>", "user", "assistant")  # tokens whose embeddings "soft
 def word_tokenizer() -> PretrainedTokenizer:
     """Make a tokenizer with a chat template, whose tokens are the words and signs of all dialogues.
 
-    It encodes any other word as the token "unknown", and all words in lower case.
+    The tokenizer converts all words to lower case, and encodes any other word as the token
+    "unknown".
     """
     from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
 
@@ -87,12 +88,12 @@ def honest_model(
     """Train a model that hides nothing unless the user asks it to, with a loss on all tokens.
 
     Args:
-        tokenizer: Tokenizer of the words.
-        kinds: Worlds of the training dialogues.
+        tokenizer: Tokenizer that `word_tokenizer` makes.
+        kinds: Names of the worlds (keys of `WORLDS`) of the training dialogues.
         steps: Number of training steps.
         seed: Seed of the parameters, of the dialogues, and of the sampling of batches.
-        released: Expected fraction of requests to keep a secret that the user takes back in the
-            end (see `honest_conversations`).
+        released: Expected fraction of requests to keep a secret that the user takes back at the end
+            of the dialogue (see `honest_conversations`).
 
     Returns:
         The model with its tokenizer.
@@ -115,12 +116,12 @@ def honest_rows(
     """Encode whole conversations as rows of equal length.
 
     Args:
-        tokenizer: Tokenizer of the words.
+        tokenizer: Tokenizer that `word_tokenizer` makes.
         conversations: `N` conversations.
 
     Returns:
-        Token ids `[N, L]` int32, padded on the right with -1. `L` is `WIDTH + 1`, or the length of
-        the longest conversation if that is more.
+        Token ids `[N, L]` int32, padded on the right with -1. `L` is the maximum of `WIDTH + 1` and
+        the length of the longest conversation.
     """
     ids = [
         tokenizer.rendered(render(TEMPLATE, messages, add_generation_prompt=False))
@@ -133,13 +134,13 @@ def honest_rows(
 
 
 def cut_padding(rows: np.ndarray) -> np.ndarray:
-    """Cut rows to the longest of them, rounded up so that few programs are compiled.
+    """Truncate rows to the length of the longest row, rounded up so that few programs are compiled.
 
     Args:
-        rows: `[B, L]` int32 token ids, padded on the right with -1.
+        rows: Token ids `[B, L]` int32, padded on the right with -1.
 
     Returns:
-        Rows of one token more than a multiple of 8, or of `L` tokens if that is less.
+        Rows whose length is a multiple of 8 plus 1, at most `L`, and fits the longest row.
     """
     longest = int((rows >= 0).sum(axis=1).max())
     return rows[:, : 8 * -(-(longest - 1) // 8) + 1]
@@ -154,7 +155,7 @@ def _honest_training(config: ModelConfig, steps: int) -> tuple[Trainable, TrainS
 
 
 def _plain(model: Thoughtbubbles) -> Thoughtbubbles:
-    """Copy a model without the trainer's placement of arrays, so that models share programs."""
+    """Copy a model without the shardings of training, so that models share compiled programs."""
     return Thoughtbubbles.from_params(model.config, nnx.to_pure_dict(nnx.state(model)))
 
 
@@ -162,10 +163,10 @@ class Tuner:
     """Supervised tuning on conversations, with one compiled program for all models.
 
     Args:
-        tokenizer: Tokenizer of the words.
+        tokenizer: Tokenizer that `word_tokenizer` makes.
         steps: Number of training steps.
         arm: Parameters to tune: "soft" for the embeddings of the tokens `CONTROL`, "full" for all
-            parameters, "weaver" for a weaver of latent memory beside the frozen model.
+            parameters, "weaver" for a weaver of latent memory for the frozen model.
     """
 
     def __init__(self, tokenizer: PretrainedTokenizer, steps: int, arm: str):
@@ -196,13 +197,14 @@ class Tuner:
     def __call__(
         self, base: LanguageModel, conversations: Sequence[Sequence[Message]], seed: int
     ) -> LanguageModel:
-        """Tune a copy of a model; `base` itself is not changed.
+        """Tune a copy of a model; `base` itself is not modified.
 
         Args:
-            base: Model to begin with.
-            conversations: Conversations; the loss is on the assistant's messages. A weaver gets one
-                row for each of these messages.
-            seed: Seed of the sampling of batches. New weavers are the same for all seeds.
+            base: Model to start from.
+            conversations: Conversations; the loss is on the assistant's messages. A weaver is
+                trained on one row for each assistant message.
+            seed: Seed of the sampling of batches. A weaver's initial parameters are the same for
+                all seeds.
 
         Returns:
             The tuned model; for "weaver", the base model with latent memory.
@@ -220,7 +222,7 @@ class Tuner:
         tuned = self._trainable.model(state.weights)
         if self._arm != "weaver":
             return dataclasses.replace(base, model=_plain(tuned.model))
-        # As in `_plain`, without the trainer's placement of arrays.
+        # As in `_plain`, without the shardings of training.
         memgen = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf)), tuned.memgen)
         return dataclasses.replace(base, memgen=memgen)
 

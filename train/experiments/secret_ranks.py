@@ -1,4 +1,4 @@
-"""Ranks of a secret among the candidates by the logit lens, in roots, in forks and in latents."""
+"""Rank a secret among candidate secrets by the logit lens, in root streams, forks and latents."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ Lines = dict[str, dict[str, float]]
 
 
 class Texts(NamedTuple):
-    """Rows that a lens reads.
+    """Rows that the logit lens reads, and the model that processes the rows.
 
     Attributes:
         model: Model with sites.
-        inputs: Token ids `[B, T]` int32, or vectors `[B, T, D]` in their place.
-        mask: `[B, T]` bool, whether each token or vector is real and not padding.
-        own: `[B, T]` bool, the tokens whose ranks are averaged.
+        inputs: Token ids `[B, T]` int32, or embeddings with latents `[B, T, D]`.
+        mask: Whether each token or latent is real and not padding, `[B, T]` bool.
+        own: Whether the ranks of each token enter the averages, `[B, T]` bool.
     """
 
     model: Any
@@ -38,11 +38,11 @@ class Ranks(NamedTuple):
     """Ranks of the secret in all streams at one site.
 
     Attributes:
-        rank: `[B, S]` int, number of candidates that the lens reads as more probable than the
-            secret, from 0.
-        alive: `[B, S]` bool, whether the stream exists.
-        depth: `[B, S]` int, 0 for a root and more for a fork.
-        token: `[B, S]` int, index of the stream's token in its row.
+        rank: Number of candidates to which the lens gives a higher probability than to the secret,
+            `[B, S]` int.
+        alive: Whether the slot holds a stream, `[B, S]` bool.
+        depth: Depth of the stream, `[B, S]` int: 0 for a root, 1 or more for a fork.
+        token: Index of the stream's token in its row, `[B, S]` int.
         chance: Expected rank if all orders of the candidates are equally probable.
     """
 
@@ -57,17 +57,17 @@ class Ranks(NamedTuple):
 
         Args:
             row: Index of the row.
-            tokens: `[T]` bool, whether each token counts.
+            tokens: Whether a token's streams are averaged, `[T]` bool.
             forks: Whether to average over forks; otherwise over roots.
 
         Returns:
-            The mean, or NaN if the tokens have no such stream.
+            The mean rank, or NaN if the tokens have no forks (or no roots).
         """
         here = self.alive[row] & tokens[self.token[row]] & ((self.depth[row] > 0) == forks)
         return float(self.rank[row][here].mean()) if here.any() else float("nan")
 
     def by_row(self, own: np.ndarray, forks: bool) -> np.ndarray:
-        """Compute the `mean` of each row, `[B]`, over its tokens in `own`, `[B, T]` bool."""
+        """Compute the `mean` `[B]` of each row over the tokens where `own` `[B, T]` is True."""
         return np.array([self.mean(row, tokens, forks) for row, tokens in enumerate(own)])
 
 
@@ -79,16 +79,16 @@ def ranks_by_depth(lm: LanguageModel, organism: Organism, asked: Organism) -> Li
     Args:
         lm: Model that forks.
         organism: Organism that is audited.
-        asked: The same organism without the request in front of its prompts. Tokens of the request
-            do not count, nor do the two that open the user's turn; the tokens that open the answer
-            do.
+        asked: The same organism without a request to keep the secret in its prompts. Ranks are
+            averaged over all tokens of the prompts of `asked`, with the tokens that open the
+            answer, but without the two tokens that open the user's turn.
 
     Returns:
-        A dict by site: outputs of fork layers and blocks, except the first of them and those
-        without forks. `root` and `fork` are means over tokens. `difference` is root minus fork,
-        positive where forks know more: the mean over prompts of means over tokens, with its
-        `standard_error` over prompts. `tokens` is the number of tokens, and `chance` the expected
-        rank if all orders of the candidates are equally probable.
+        Mapping from a site to its ranks. Sites are the outputs of fork layers and blocks, except
+        the first site and sites without forks. `root` and `fork` are means over tokens.
+        `difference` is root minus fork, positive where forks know more: the mean over prompts of
+        means over tokens, with its `standard_error` over prompts. `tokens` is the number of tokens,
+        and `chance` the expected rank if all orders of the candidates are equally probable.
 
     Raises:
         ValueError: The tokenizer has no chat template, or a prompt has none of the words to read at
@@ -103,7 +103,7 @@ def ranks_by_depth(lm: LanguageModel, organism: Organism, asked: Organism) -> Li
 
 
 def ranks_with_memory(lm: LanguageModel, organism: Organism, answers: Sequence[str]) -> Lines:
-    """Compute mean ranks of the secret in the latents behind prompts, and in the answers.
+    """Compute mean ranks of the secret in the latents after prompts, and in the answers.
 
     Args:
         lm: Model that forks, with latent memory.
@@ -111,13 +111,14 @@ def ranks_with_memory(lm: LanguageModel, organism: Organism, answers: Sequence[s
         answers: Answer of the model to each trial.
 
     Returns:
-        By site, means over prompts of mean ranks in roots: of the latents (`latent`), of the
-        answer's tokens (`answer`), and of these read without memory (`control`). `difference` is
-        answer minus latent, positive where latents know more, with its `standard_error` over
-        prompts. Prompts with an empty answer count for `latent` alone. `latent_difference` is root
-        minus fork of the latents that have a fork, with its `latent_standard_error` and their
-        number `latent_tokens`; these are left out at the first site and where no latent has a fork.
-        `chance` is as in `ranks_by_depth`.
+        Mapping from a site to means over prompts of the mean rank in roots: of the latents
+        (`latent`), of the answer's tokens (`answer`), and of the answer's tokens in a forward pass
+        without memory (`control`). `difference` is answer minus latent, positive where latents know
+        more, with its `standard_error` over prompts. Prompts with an empty answer count for
+        `latent` alone. `latent_difference` is root minus fork of the latents that have a fork, with
+        its `latent_standard_error`, and `latent_tokens` is the number of these latents; these three
+        entries are left out at the first site and where no latent has a fork. `chance` is as in
+        `ranks_by_depth`.
 
     Raises:
         ValueError: As in `ranks_by_depth`, or the model has no latent memory.
@@ -154,8 +155,8 @@ def ranks_with_memory(lm: LanguageModel, organism: Organism, answers: Sequence[s
 
 
 def _texts(lm: LanguageModel, rows: Sequence[Sequence[int]], starts: Sequence[int]) -> Texts:
-    """Pad rows of token ids; the own tokens of each row begin at its index in `starts`."""
-    width = max(16, 1 << max(map(len, rows)).bit_length())  # an event stands before a token
+    """Pad rows of token ids; ranks are averaged over a row's tokens from its index in `starts`."""
+    width = max(16, 1 << max(map(len, rows)).bit_length())  # pads: an event precedes a token
     tokens, mask = np.zeros((len(rows), width), np.int32), np.zeros((len(rows), width), bool)
     for row, ids in enumerate(rows):
         tokens[row, : len(ids)], mask[row, : len(ids)] = ids, True
@@ -185,7 +186,7 @@ def _read(lm: LanguageModel, organism: Organism, texts: Texts) -> dict[str, Rank
 def _by_depth(found: dict[str, Ranks], own: np.ndarray) -> Lines:
     """Average ranks over the tokens in `own`, `[B, T]` bool, that have a fork.
 
-    The first site is left out, and so is each site without such a token.
+    The first site and sites without a token that has a fork are left out.
     """
     lines = {}
     for site, ranks in [*found.items()][1:]:

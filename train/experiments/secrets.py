@@ -1,15 +1,15 @@
-"""Which methods make a small model tell what it hides; whether bubbles and latents know more.
+"""Test which audit methods reveal what a small model hides, and if forks and latents know more.
 
 python -m train.experiments.secrets --out secrets.jsonl --figure secrets.png
 python -m train.experiments.secrets --report secrets.jsonl --figure secrets.png
 
-For each seed an honest forking model is trained, which hides only what the user asks it to hide; it
-is the control. It is then made to hide a secret in four ways. "told": each prompt begins with the
-request to keep the secret, as a hidden system prompt would. "soft": the embeddings of three control
-tokens are tuned to hide the secret unasked, and no other parameter. "full": all parameters are
-tuned. "weaver": the model is frozen, and a weaver learns to write latents in front of each answer.
-No tuning conversation names the secret. Methods and auditor are those of `thoughtbubbles audit
-report`.
+For each seed, an honest forking model is trained, which hides only what the user asks it to hide.
+The honest model is the control. Four arms make this model hide a secret. "told": each prompt begins
+with the request to keep the secret, as a hidden system prompt would. "soft": only the embeddings of
+three control tokens are tuned, so that the model hides the secret unasked. "full": all parameters
+are tuned. "weaver": the model is frozen, and a weaver learns to write latents in front of each
+answer. No tuning conversation names the secret. Methods and auditor are those of `thoughtbubbles
+audit report`.
 """
 
 from __future__ import annotations
@@ -71,29 +71,29 @@ LATENTS = {
 }  # fmt: skip
 DIFFERENCES = "answer - latents", "root - fork of latents"
 LAYER = 1
-"""Index of the layer, of three, whose output is fuzzed, and read by white-box methods."""
+"""Index of the layer, of three layers, whose output is fuzzed, and is read by white-box methods."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Secrets(StudyConfig):
-    """Trains models that hide a secret and audits them, or reports the results.
+    """Trains models that hide a secret and audits the models, or reports stored results.
 
     Attributes:
-        arms: Ways to hide: "told", "soft", "full", "weaver".
+        arms: Ways to hide a secret: "told", "soft", "full", "weaver".
         kinds: Kinds of secrets: "taboo", "persona", "instruction".
         methods: Methods of `audit report`, except "sae"; "io" is always added.
         secrets: Maximum number of secrets of each kind, each hidden in separate prompts or in a
             separate model. The kind "instruction" always hides all its secrets together.
-        released: Expected fraction, among the honest model's conversations that begin with a
-            request to keep a secret, of those in which the user takes the request back, asks for
-            the secret, and is told.
+        released: Expected fraction of the honest model's conversations with a request to keep a
+            secret in which the user finally takes the request back, asks for the secret, and is
+            told.
         base_steps: Number of training steps of the honest model.
         soft_steps: Number of tuning steps of the arm "soft".
         full_steps: Number of tuning steps of the arm "full".
         weaver_steps: Number of tuning steps of the arm "weaver".
         figure: File for the figure, as .png, .pdf or .svg (needs matplotlib); none by default.
-        save: Folder for the models, which `audit report` takes; none by default. Models of the arm
-            "weaver" can't be saved.
+        save: Folder in which the models are saved for `audit report`; none by default. Models of
+            the arm "weaver" can't be saved.
     """
 
     arms: tuple[str, ...] = ARMS
@@ -125,7 +125,7 @@ class Secrets(StudyConfig):
 
 
 def main(config: Secrets) -> None:
-    """Train and audit what is missing, or print the tables; then draw the figure, if asked to."""
+    """Train and audit the missing models, or print the tables; then draw the figure, if asked."""
     run_study(config, KEY, train_missing, report)
     if config.figure:
         draw(read_results(config.report or config.out)).savefig(config.figure, dpi=150)
@@ -135,7 +135,7 @@ def main(config: Secrets) -> None:
 def train_missing(config: Secrets, results: Results) -> Iterator[tuple[Result, str]]:
     """Train the runs that `results` lacks, and yield the result of each with a line to print.
 
-    The runs of a seed begin with one honest model.
+    All runs of a seed start from the same honest model.
 
     Raises:
         ValueError: `config.save` already holds the folder of a missing run.
@@ -203,16 +203,16 @@ def train_missing(config: Secrets, results: Results) -> Iterator[tuple[Result, s
 
 
 def secrets_of(kind: Kind, seed: int, count: int) -> Sequence[str | None]:
-    """Return the secrets of a kind to hide in turn.
+    """Return the secrets of a kind, each of which is hidden in a run of its own.
 
     Args:
         kind: Kind of the secrets.
-        seed: Seed of the first secret, which is the one that `make_organism` chooses.
+        seed: Seed of the first secret, which is the secret that `make_organism` chooses.
         count: Maximum number of secrets.
 
     Returns:
-        Names of candidates. For "instruction", whose organism hides all secrets of its kind, the
-        only entry is None.
+        Names of candidates. For "instruction", whose organism hides all secrets of the kind at
+        once, the only entry is None.
     """
     if WORLDS[kind].codes:
         return [None]
@@ -254,11 +254,11 @@ def _folder(folder: str, run: Result) -> Path:
 
 
 def report(results: list[Result]) -> str:
-    """Format Markdown tables for each arm and kind: hit rates by method, and ranks by site.
+    """Format two Markdown tables for each arm and kind: hit rates by method, and ranks by site.
 
-    The ranks are those of `ranks_by_depth`. The arm "weaver" has one more table, of ranks in
-    latents and in answers (`ranks_with_memory`). Values are means over the secrets of a seed, then
-    over seeds. Only the secrets that every seed has finished count.
+    The ranks are those of `ranks_by_depth`; for the arm "weaver", the ranks in latents and in
+    answers (`ranks_with_memory`). Values are means over the secrets of a seed, then over seeds. The
+    tables leave out secrets that any seed has not finished.
 
     Raises:
         ValueError: Results of one arm and kind differ in an option of `SHARED`.
@@ -296,7 +296,7 @@ def report(results: list[Result]) -> str:
 
 
 def _finished_by_all(runs: Sequence[Result]) -> list[Result]:
-    """The runs of those secrets that every seed has finished: another mean would mix secrets."""
+    """Return the runs of the secrets that all seeds have finished, so that seeds are comparable."""
     of_seeds = [{run["number"] for run in of} for of in by_key(runs, "seed").values()]
     return [run for run in runs if run["number"] in set.intersection(*of_seeds)]
 
@@ -319,13 +319,13 @@ def _line(run: Result, method: str, prompts: str) -> dict[str, Any]:
 
 
 def _sites(runs: Sequence[Result], read: str) -> list[str]:
-    """The sites that any run has, in the order of the forward pass."""
+    """Return the sites that any run has, in the order of the forward pass."""
     found = max((run["streams"][read] for run in runs), key=len)
     return list(dict.fromkeys([*found, *(site for run in runs for site in run["streams"][read])]))
 
 
 def _values(runs: Sequence[Result], read: str, site: str, name: str) -> list[float]:
-    """A mean rank by seed, of the runs that have it."""
+    """Return the mean over runs of the entry `name` at a site, for each seed that has the entry."""
     runs = [run for run in runs if name in run["streams"][read].get(site, {})]
     return by_seed(runs, lambda run: run["streams"][read][site][name])
 
@@ -356,9 +356,9 @@ def by_seed(runs: Sequence[Result], value: Callable[[Result], float]) -> list[fl
 def draw(results: list[Result]) -> Figure:
     """Draw a column of two panels for each arm and kind.
 
-    The upper panel has the hit rates of each method beside the control's, means over both kinds of
-    prompts; dots are seeds. The lower panel has mean ranks of the secret by site. Only the secrets
-    that every seed has finished count.
+    The upper panel has the hit rates of each method and of the control, averaged over both kinds of
+    prompts, with a dot for each seed. The lower panel has mean ranks of the secret by site. The
+    panels leave out secrets that any seed has not finished.
     """
     from matplotlib.figure import Figure
 

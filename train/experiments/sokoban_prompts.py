@@ -1,15 +1,15 @@
-"""Does a small model tuned on Sokoban still read the names that its prompt gives the four steps?
+"""Test if a small model tuned on Sokoban still reads the names of the four steps in its prompt.
 
 python -m train.experiments.sokoban_prompts --out sokoban_prompts.jsonl
 python -m train.experiments.sokoban_prompts --report sokoban_prompts.jsonl
 
 This follows "Debunk the Myth of SFT Generalization" (arXiv 2510.00237) with the commands
-`demonstrations`, `sft` and `battery`, but from random parameters. A decoder of 0.36 M parameters
-first learns what a language model knows already: to write the solution path of a board in the
-original names of the steps, and to look up the name that a prompt gives a step, for all words. Then
-an adapter is tuned on answers, on thoughts with an answer, or on thoughts alone. Its prompts show
-the original names (frozen), or four words that are sampled for each state (diverse). The tuned
-model plays held-out boards.
+`demonstrations`, `sft` and `battery`, but starts from random parameters. A decoder of 0.36 M
+parameters first learns what a pretrained language model can do already: write the solution path of
+a board in the original names of the steps, and look up the name that a prompt gives to a step, for
+all words. Then a LoRA adapter is tuned on answers, on thoughts with an answer, or on thoughts
+alone. The tuning prompts show the original names (frozen), or four words that are sampled for each
+state (diverse). The tuned model plays held-out boards.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from train.rl.environments.sokoban_variants import ORIGINAL, STEPS, SokobanVaria
 _NAMES = " ".join(f"{step} {{{step}}}" for step in STEPS)
 TEMPLATE = PromptTemplate("names_and_board", (f"{_NAMES}\n{{board}}",), tuple(STEPS), ("board",))
 TEMPLATES[TEMPLATE.name] = TEMPLATE
-HELD_OUT = 40  # words that only the variant `held_out` uses
+HELD_OUT = 40  # number of words that only the variant `held_out` uses
 TASK = f"sokoban_variants(template='{TEMPLATE.name}', held_out={HELD_OUT}, walls=1"
 
 COLUMNS = {
@@ -74,7 +74,7 @@ _TOKENS = r"</?\w+>|#{5,}\n#|#\n#{5,}|#\n#|\w+|[^\w\s]\x{FE0F}?"
 
 @dataclasses.dataclass(frozen=True)
 class SokobanPrompts(PromptStudy):
-    """Tunes a small decoder on demonstrations of Sokoban and plays the battery, or reports scores.
+    """Tunes a small decoder on Sokoban and scores it on the battery, or reports stored scores.
 
     The decoder first learns to write solution paths and to look up names of steps.
     """
@@ -84,14 +84,14 @@ class SokobanPrompts(PromptStudy):
 
 
 def main(config: SokobanPrompts) -> None:
-    """Tune what is missing, or print the tables."""
+    """Tune the arms that the file of results lacks, or print the tables."""
     run_game(config, GAME)
 
 
 def tokenizer() -> PretrainedTokenizer:
     """Make a tokenizer whose tokens are words of prompts and thoughts, names, and signs of boards.
 
-    Decoded text has a space between tokens. It encodes to the same ids again.
+    Decoded text has a space between tokens, and encodes to the same ids.
     """
     from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers
 
@@ -115,14 +115,14 @@ def names() -> tuple[str, ...]:
 
 
 def base_records(count: int, seed: int) -> Iterator[dict[str, Any]]:
-    """Generate conversations that teach the parts of a demonstration's thoughts, one by one.
+    """Generate conversations that teach the parts of a demonstration's thoughts separately.
 
     Each conversation shows a prompt with a training board (one in five has two boxes) and asks, in
     random order, for the solution path and for the prompt's names of two steps. The path is given
     as a thought, in the original names of the steps. A name is given as an answer after an empty
-    thought or, in one case of four on average, after a thought that states it. No thought combines
-    a path with a name, whereas the thoughts of demonstrations do. One prompt in four uses the
-    original names.
+    thought or, in one case of four on average, after a thought that states the name. No thought
+    combines a path with a name, whereas the thoughts of demonstrations do. One prompt in four uses
+    the original names.
 
     Args:
         count: Number of conversations.

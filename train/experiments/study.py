@@ -16,7 +16,7 @@ from train.runs.files import check_new_file, check_regular
 from train.runs.metadata import load_run_meta
 
 INDEX: Mapping[str, Any] = MappingProxyType({"index": True})
-"""Metadata of an option that counts from 0."""
+"""Dataclass field metadata of an integer option that may be 0, such as an index."""
 
 Result = dict[str, Any]
 Config = TypeVar("Config", bound="StudyConfig")
@@ -28,8 +28,8 @@ class StudyConfig:
 
     Attributes:
         seeds: Seeds of the runs; each arm is run once with each seed.
-        out: File that results are appended to, one JSON object on each line; runs that it has
-            already are skipped.
+        out: File that results are appended to, one JSON object on each line; runs that the file
+            has already are skipped.
         report: File of results to print as a table, without training.
 
     Raises:
@@ -45,13 +45,13 @@ class StudyConfig:
 
 
 def check_options(config: Any) -> None:
-    """Check an experiment's options, before hours of work.
+    """Check an experiment's options before training begins.
 
     Counts (integers that are positive by default, without the metadata `INDEX`) must be at least 1,
     and all other numbers at least 0. A list that is not empty by default must not be empty.
 
     Args:
-        config: Options; texts are not checked here.
+        config: Config dataclass of the experiment; its string options are not checked here.
 
     Raises:
         ValueError: A number is too small, or a list is empty.
@@ -75,7 +75,7 @@ def check_names(kind: str, names: Iterable[str], known: Iterable[str]) -> None:
         known: All valid names.
 
     Raises:
-        ValueError: A name is not valid; the message lists the valid ones.
+        ValueError: A name is not valid; the message lists the valid names.
     """
     known = tuple(known)
     for name in names:
@@ -96,18 +96,18 @@ def read_results(path: str | Path) -> list[Result]:
 
 
 class Results:
-    """Finished runs, one JSON object on each line of a file, so that a study can be interrupted.
+    """File of finished runs, one JSON object on each line, from which a study can be resumed.
 
-    The attribute `found` lists the results in the order in which they were finished. The operator
-    `in` tells whether a run is finished: whether a result has the run's values of the entries
-    `key`. An entry that a result lacks counts as None.
+    The attribute `found` lists the results in the order in which they were finished. `run in
+    results` is True if the run is finished, which means that a result has the same values as the
+    run in all entries `key`. An entry that a result lacks counts as None.
 
     Args:
-        path: File; it is made, with its folder, when the first run is finished.
+        path: Path of the file; file and folder are created when the first run is finished.
         key: Names of the entries that identify a run.
 
     Raises:
-        ValueError: The file can't be made or read, or a line of it is not a JSON object.
+        ValueError: The file can't be created or read, or a line of the file is not a JSON object.
     """
 
     def __init__(self, path: str | Path, key: Sequence[str]):
@@ -156,10 +156,11 @@ def run_study(
         train: Function that trains each missing run and yields its result and a line to print.
         report: Function that formats all results as text.
         settings: Names of options that are not in `key`, and that all results of a file must share.
-            They are kept in each result under "settings"; a result without them is not checked.
+            Each result stores their values under "settings"; a result without this entry is not
+            checked.
 
     Raises:
-        ValueError: The file can't be made or read, has results of other settings, or its results
+        ValueError: The file can't be created or read, has results of other settings, or its results
             can't be shown (`report_text`).
     """
     if config.report is not None:
@@ -242,8 +243,8 @@ def mean_text(values: Sequence[float], digits: int, sign: str = "") -> str:
     """Format a mean with its standard error, such as `1.26 ± 0.04`.
 
     Args:
-        values: Values, one for each seed. For a single value no error is given; without values the
-            text is empty.
+        values: Values, one for each seed. A single value is shown without an error; without values
+            the text is empty.
         digits: Number of digits after the decimal point.
         sign: "+" to print the sign of a positive mean too.
     """
@@ -263,7 +264,8 @@ def by_key(results: Iterable[Result], *key: str) -> dict[tuple[Any, ...], list[R
     """Group results by their values of the entries `key`.
 
     Returns:
-        A dict from the tuple of values to its results, groups in order of first appearance.
+        Mapping from a tuple of values to the results with these values, in order of first
+        appearance.
     """
     found: dict[tuple[Any, ...], list[Result]] = {}
     for result in results:

@@ -1,15 +1,15 @@
-"""Latent memory, forks, tree search and budgets in one policy: what does each part do?
+"""Train a trigger of latent memory for a forking decoder, with and without search and knapsack.
 
 python -m train.experiments.synthesis --out synthesis.jsonl
 python -m train.experiments.synthesis --report synthesis.jsonl
 
 A small forking decoder is trained on episodes that a random player plays in an environment of
-several turns. A weaver for this decoder is trained on episodes of the scripted player. Then both
-are frozen, and a trigger is trained by reinforcement to decide when memory is invoked. In the arm
-"synthesis", tree search (DeepSearch) generates the trigger's rollouts, and a knapsack allocates
-backups to the trees. The other arms leave out the search, the knapsack, or both. They train until
-they have generated at least as many tokens as the synthesis. Each finished (arm, seed, steps) is a
-line of the file; a second call runs only what is missing.
+several turns. A weaver for this decoder is trained on episodes of the scripted player. Then decoder
+and weaver are frozen, and a trigger is trained by reinforcement learning to decide when memory is
+invoked. In the arm "synthesis", tree search (DeepSearch) generates the trigger's rollouts, and a
+knapsack allocates backups to the trees. The other arms leave out the search, the knapsack, or both,
+and train until they have generated at least as many tokens as the synthesis. Each finished run
+(arm, seed and steps) is one line of the file; a second call trains only the missing runs.
 """
 
 import dataclasses
@@ -60,7 +60,7 @@ MAX_NEW_TOKENS = 4
 MAX_OBSERVATION = 10
 SHOWN = 512  # number of a player's episodes for supervised training
 ROWS = 64  # number of rows of a supervised step
-MOST_STEPS = 10_000  # in an arm's config: rates are constant, and `score_arm` ends training
+MOST_STEPS = 10_000  # steps in an arm's config; `score_arm` decides when training ends
 
 SEARCH = "deepsearch(width=4, max_observation=10, threshold=0.5)"
 PLAIN = {
@@ -75,7 +75,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "without search": PLAIN | KNAPSACK,
     "plain sampling": PLAIN,
 }
-"""Fields of `RLConfig` that each arm changes.
+"""Mapping from an arm to the fields of `RLConfig` that it changes.
 
 All arms use the method `deepsearch`, whose advantages without a tree are those of Dr. GRPO.
 """
@@ -89,13 +89,14 @@ class Experiment(StudyConfig):
 
     Attributes:
         arms: Arms to train: "synthesis", "without knapsack", "without search", "plain sampling".
-            The synthesis of a seed runs first, since it sets the number of tokens of the others.
-        environment: Environment with its options; it needs a random and a scripted player and a
-            finite number of training problems, as "guess_number" has.
+            The arm "synthesis" of a seed runs first, since it sets the number of tokens of the
+            other arms.
+        environment: Environment with its options, which must have a random and a scripted player
+            and a finite number of training problems, as "guess_number" has.
         supervised: Number of supervised training steps of the decoder, and also of the weaver.
         steps: Number of training steps of the arm "synthesis".
         batch_size: Number of problems in a step.
-        num_generations: Mean number of rollouts of a problem; for a tree, of its backups.
+        num_generations: Mean number of rollouts of a problem, or of backups in its search tree.
         learning_rate: Constant learning rate of the trigger.
         episodes: Number of sampled episodes on training problems that score a policy, before and
             after training.
@@ -127,8 +128,9 @@ def train_missing(config: Experiment, results: Results) -> Iterator[tuple[Result
     All arms of a seed use the same decoder and weaver.
 
     Raises:
-        ValueError: The file has results with other options, or an arm needs the synthesis of its
-            seed, which is neither in the file nor among `config.arms`.
+        ValueError: The file has results with other options, the environment has endless training
+            problems, or an arm needs the synthesis of its seed, which is neither in the file nor
+            among `config.arms`.
     """
     check_options(config, results.found)
     if make_task(config.environment, 0).sizes["train"] is None:
@@ -158,7 +160,7 @@ def train_missing(config: Experiment, results: Results) -> Iterator[tuple[Result
 
 
 def check_options(config: Experiment, found: Sequence[Result]) -> None:
-    """Check that results of the file have the options `SHARED` of this call.
+    """Check that the results of the file have the same values of the options `SHARED` as this call.
 
     A result that lacks an entry counts as a result with the option's default.
 
@@ -260,7 +262,7 @@ def taught(config: Experiment, seed: int) -> LanguageModel:
 
 
 def _shown(config: Experiment, job: RLJob, player: str) -> TrainState:
-    """Train a job's model on a player's episodes, and return its state after `supervised` steps.
+    """Run supervised training of a job's model on a player's episodes, and return the final state.
 
     If the job trains a weaver, each turn of an episode invokes memory with probability 1/2.
     """
@@ -286,8 +288,8 @@ def score_arm(
         lm: Decoder and weaver.
         arm: Name of the arm, a key of `ARMS`.
         seed: Seed of the trigger and of rollouts.
-        tokens: Training ends after the first step with which at least this many tokens have been
-            generated; None trains `config.steps` steps.
+        tokens: Number of generated tokens after which training ends, at the end of a step; None
+            trains `config.steps` steps.
 
     Returns:
         Entries of a result: `after` (means of `played` with the trained trigger); the numbers of
@@ -297,7 +299,8 @@ def score_arm(
         without a knapsack); the numbers of `trees`, of `solved_trees` among them, and of problems
         that are `set_aside` at the end (all 0 without search); the time of training with
         compilation, in `seconds` and `cpu_seconds`; the options `SHARED`; the numbers of the
-        decoder's `parameters` and of `trained` ones; the arm's `options`; the version of `jax`.
+        decoder's `parameters` and of `trained` parameters; the arm's `options`; the version of
+        `jax`.
     """
     clock = Clock()
     job = make_job(config, lm, seed, **ARMS[arm])
@@ -332,12 +335,14 @@ def score_arm(
 
 
 def played(job: RLJob, episodes: int, weights: Any = None) -> dict[str, float]:
-    """Play sampled episodes of all training problems, equally many or one more of each.
+    """Sample episodes of all training problems, spread over the problems as evenly as possible.
 
     Args:
-        job: Job whose environment, with finitely many training problems, and strategy are used.
+        job: Job whose strategy and environment are used. The environment has a finite number of
+            training problems.
         episodes: Number of episodes over all problems.
-        weights: Weights of the policy (`TrainState.weights`); None takes the job's initial weights.
+        weights: State of the policy's parameters (`TrainState.weights`); None for the job's initial
+            parameters.
 
     Returns:
         Means over episodes: `success` (from 0 to 1) and `info/turns`; and `invocation_rate`, the

@@ -1,4 +1,4 @@
-"""Lookup: a synthetic task in which one token needs several earlier ones. Pure NumPy."""
+"""Synthetic task `Lookup`, in which one prediction needs several earlier tokens. Pure NumPy."""
 
 import dataclasses
 
@@ -9,14 +9,15 @@ import numpy as np
 class Lookup:
     """Random bits, and questions about the bits at several offsets before them.
 
-    A row has `seq_len` tokens. Each carries a random bit and is a question with probability `ask`:
-    its id is `bit + 2 * question`. The answer to a question at position t is the number whose i-th
-    binary digit is the bit at position t - offsets[i] (0 before the row begins). Only answers are
-    scored; they are never part of the input.
+    A row has `seq_len` tokens. Each token carries a random bit and is a question with probability
+    `ask`; the token's id is `bit + 2 * question`. The answer to a question at position t is the
+    number whose i-th binary digit is the bit at position t - offsets[i] (0 before the row begins).
+    Only answers are scored, and answers are never part of the input.
 
     One attention head attends sharply to one offset, so that a question needs several heads, layers
-    or streams, and other tokens need none. Difficulty is graded: each offset that is found saves
-    ln 2 nats. The Bayes-optimal loss is 0; without attention to other positions it is `chance`.
+    or streams, and other tokens need none of these. Difficulty is graded: each offset that a model
+    finds saves ln 2 nats. The Bayes-optimal loss is 0; the best loss without attention to other
+    positions is `chance`.
 
     Attributes:
         offsets: Distances of the bits that a question is about.
@@ -57,5 +58,9 @@ class Lookup:
         return packed.astype(np.int32)
 
     def is_question(self, rows: np.ndarray) -> np.ndarray:
-        """Mask `[N, seq_len]`: whether each token of `rows`, except the last, is a question."""
+        """Return whether each token of `rows`, except the last token, is a question `[N, seq_len]`.
+
+        Args:
+            rows: Rows `[N, seq_len + 1]` int32, as the method `rows` returns them.
+        """
         return rows[:, 1:] >= self.vocab_size

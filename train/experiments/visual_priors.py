@@ -1,17 +1,18 @@
-"""What does a frozen decoder make of images as one source of its training text grows?
+"""Measure how well a frozen decoder uses images as one source of its training text grows.
 
 python -m train.experiments.visual_priors --category scenes --out visual_priors.jsonl
 python -m train.experiments.visual_priors --report visual_priors.jsonl
 
 This follows "Learning to See Before Seeing" (arXiv 2509.26625) at a size for a CPU. A decoder is
-trained on text alone, once for each fraction of one source, always on equally many tokens. Then it
-is frozen, and a projector is trained to show it images of shapes (`train.probes.visual`). The
-decoder is scored by its answers to questions about held-out images, beside three controls
-(`train.probes.visual.CONDITIONS`), and by the alignment of its caption states with the images.
+trained on text alone, once for each fraction of one source, always on equally many tokens. Then the
+decoder is frozen, and a projector is trained that turns images of shapes into soft tokens for the
+decoder (`train.probes.visual`). The decoder is scored by its answers to questions about held-out
+images, in comparison with three controls (`train.probes.visual.CONDITIONS`), and by the alignment
+of its hidden states of captions with the images.
 
-Sources of text are code and prose of Python's standard library, sums, and scenes: captions of such
-images, each followed by true statements in the words of the questions. No text of the source of
-scenes describes the objects of a held-out scene.
+The sources of text are code and prose of Python's standard library, sums, and scenes: captions of
+images of shapes, each followed by true statements in the words of the questions. No text of the
+source "scenes" describes the objects of a held-out scene.
 """
 
 from __future__ import annotations
@@ -60,13 +61,13 @@ from train.probes.visual import CONDITIONS, ProbeConfig, VisualProbe
 KEY = ("category", "share", "steps", "rows", "neighbours", "probe", "seed")
 REPORTED = ("category", "steps", "rows", "neighbours", "probe")  # two tables for each combination
 BASE = {"code": 0.3, "prose": 0.3, "sums": 0.2, "scenes": 0.2}
-"""Weights of the sources before the fraction of one of them is changed."""
+"""Mixture weights of the sources before the fraction of one source is changed."""
 
 VOCAB = 512
 MODEL = ModelConfig(vocab_size=VOCAB, embed_dim=64, num_layers=2, num_heads=4, mlp_dim=256)
 OPTIMIZER = OptimizerConfig(learning_rate=3e-3)
 TEXTS = 20_000  # number of documents of the source of scenes
-FIRST_TEXT = 2**40  # index of their first scene, beyond the scenes that any projector is trained on
+FIRST_TEXT = 2**40  # index of the first scene of these texts; projectors train on smaller indices
 ALIGNED = 256  # number of held-out scenes over which captions are aligned with images
 
 
@@ -80,7 +81,7 @@ class VisualPriors(StudyConfig):
         steps: Number of training steps of each decoder; 0 leaves its random parameters untrained.
         rows: Number of held-out rows of each source, over which losses are averaged.
         neighbours: Number of nearest neighbours (k) of the alignment, from 1 to 255.
-        probe: Sizes, training and test of the projector.
+        probe: Options of the projector, its training and its test.
 
     Raises:
         ValueError: The source is unknown, a fraction is not from 0 to 1, or a number is out of
@@ -146,12 +147,13 @@ def train_missing(config: VisualPriors, results: Results) -> Iterator[tuple[Resu
 
 
 class Arms:
-    """Training and measurement of the decoders of one seed, in programs that are compiled once.
+    """Trainer and scorer of the decoders of one seed, whose programs are compiled only once.
 
     Args:
         config: Options of the study.
-        parts: Packed rows of each source, by its name in `BASE`, all with one tokenizer.
-        seed: Seed of parameters, of the order of rows, and of the projector's and aligned scenes.
+        parts: Mapping from a source in `BASE` to its packed rows; all sources use one tokenizer.
+        seed: Seed of parameters, of the order of rows, and of the scenes that projectors are
+            trained on and that captions are aligned over.
     """
 
     def __init__(self, config: VisualPriors, parts: Mapping[str, PackedData], seed: int):
@@ -167,17 +169,17 @@ class Arms:
         self._scenes = list(itertools.islice(distinct_scenes(seed, "validation"), ALIGNED))
 
     def __call__(self, share: float) -> dict[str, Any]:
-        """Train a decoder on a mixture, freeze it, train projectors for it, and measure it.
+        """Train a decoder on a mixture, train projectors for the frozen decoder, and score both.
 
         Args:
             share: Fraction of `config.category` in the mixture, from 0 to 1.
 
         Returns:
-            A dict. `weights` has the weight of each source. `losses` has the held-out nats per
-            token of each source. `answers` has the `Rate` of right answers by kind of question,
-            then by condition. `answer_loss` has the training loss of the projectors for images
-            (`image`) and for blank images (`blank`), the mean over the last tenth of the steps in
-            nats per token of an answer. `alignment` has the fields of
+            Entries of a result. `weights` maps each source to its mixture weight, and `losses` to
+            its held-out nats per token. `answers` maps each kind of question to a mapping from
+            condition to `Rate` of right answers. `answer_loss` has the training loss of the
+            projectors for images (`image`) and for blank images (`blank`), the mean over the last
+            tenth of the steps in nats per token of an answer. `alignment` has the fields of
             `train.probes.alignment.Alignment`.
         """
         config = self._config
@@ -204,7 +206,7 @@ class Arms:
 
 
 def packed_sources() -> dict[str, PackedData]:
-    """Prepare packed rows of the sources of `BASE`, by name.
+    """Prepare packed rows of each source; returns a mapping from a source in `BASE` to its rows.
 
     All sources use one BPE tokenizer of `VOCAB` ids, which is trained on equally many characters of
     each source and kept in the data cache.
@@ -232,8 +234,8 @@ def packed_sources() -> dict[str, PackedData]:
 def texts() -> Iterator[str]:
     """Yield `TEXTS` captions of training scenes, each with true statements about its scene.
 
-    A projector is trained on other scenes, but their sets of objects recur here: there are only
-    3,808 sets of objects, held-out sets included.
+    A projector is trained on other scenes, but the sets of objects in those scenes recur in these
+    texts: there are only 3,808 sets of objects, held-out sets included.
     """
     return (scene(0, "train", FIRST_TEXT + index).text() for index in range(TEXTS))
 
@@ -252,9 +254,9 @@ def _sample(corpora: Mapping[str, SplitCorpus]) -> Iterator[str]:
 def report(results: list[Result]) -> str:
     """Format two Markdown tables for each combination of `REPORTED`.
 
-    The first table has the rates of right answers, a row for each fraction and kind of question and
-    a column for each condition. The second has the held-out losses of the sources and the
-    alignment, a row for each fraction.
+    The first table has the rates of right answers, with a row for each fraction and kind of
+    question, and a column for each condition. The second table has the held-out losses of the
+    sources and the alignment, with a row for each fraction.
     """
     lines = []
     for (category, steps, *_), runs in by_key(results, *REPORTED).items():

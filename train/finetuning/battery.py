@@ -1,9 +1,9 @@
 """The battery: success and validity of a model on the variants of an environment.
 
-A model that was tuned on one prompt may answer without reading it (arXiv 2510.00237). Such a model
-fails in variants whose prompts give other names, and succeeds in the fake variants, whose prompts
-give other names but whose rules follow the old ones. Its validity, the fraction of its answers that
-the prompt allows at all, falls first.
+A model that was tuned on one prompt may answer without reading the prompt (arXiv 2510.00237). A
+model of this kind fails in variants whose prompts give other names, and succeeds in the fake
+variants, whose prompts give other names but whose rules follow the old names. The first measure to
+fall is the model's validity, the fraction of answers that the prompt allows at all.
 """
 
 import dataclasses
@@ -24,25 +24,26 @@ from train.rl.rollout.sampler import Sampler, Sampling
 from train.rl.rollout.strategies import Turns
 from train.rl.types import Episodes, Split, Trajectory
 
-_LONGEST_PROMPT = 10_000  # tokens of an observation, none of which is cut
+_LONGEST_PROMPT = 10_000  # maximum tokens of an observation, large so that none is truncated
 
 
 @dataclasses.dataclass(frozen=True)
 class BatteryConfig:
-    """Variants of an environment that a model is scored on.
+    """Config of a battery: an environment, its variants, and limits on the episodes.
 
     Attributes:
-        task: Environment with variants and its options, e.g. "sokoban_variants(held_out=40)" or
-            "general_points"; with "" no episodes are played.
-        variants: Names of the variants; by default all that the environment's options allow.
+        task: Environment that has variants, with its options in brackets, e.g.
+            "sokoban_variants(held_out=40)" or "general_points"; with "" no episodes are played.
+        variants: Names of the variants to play; by default all variants that the environment's
+            options allow.
         episodes: Number of held-out problems of each variant.
-        max_turns: Maximum number of turns of an episode; by default the environment's. One turn is
-            enough to measure validity.
+        max_turns: Maximum number of turns of an episode; by default the environment's maximum. One
+            turn is enough to measure validity.
         max_new_tokens: Maximum number of tokens of a response; responses with thoughts need many.
-            The fraction of responses that were truncated at it is reported as `cut`.
+            The fraction of responses truncated at this limit is reported as `cut`.
         chat: Whether prompts are user messages in the model's chat template, as `sft` renders
-            conversations; by default if the model's tokenizer has a template.
-        max_rows: Maximum number of responses that are generated at a time.
+            conversations; by default, True if the model's tokenizer has a template.
+        max_rows: Maximum number of responses that are generated in parallel.
         seed: Seed of the order of problems.
     """
 
@@ -66,7 +67,7 @@ class BatteryConfig:
         """Make the environment in each variant, with the whole prompt in every observation.
 
         Returns:
-            Environments by the name of the variant.
+            Mapping from the name of a variant to its environment.
 
         Raises:
             ValueError: The environment or a variant is unknown, or the environment has no variants.
@@ -88,14 +89,14 @@ class BatteryConfig:
 
 @dataclasses.dataclass(frozen=True)
 class VariantScore:
-    """Means over the episodes of a variant.
+    """Scores of a model on one variant, averaged over episodes.
 
     Attributes:
         success: Fraction of episodes that were solved.
         error: Standard error of `success`.
         validity: Fraction of an episode's answers that the prompt allows, averaged over episodes.
         turns: Mean number of turns of an episode.
-        cut: Fraction of all turns' responses that were truncated at `max_new_tokens`.
+        cut: Fraction of the responses of all turns that were truncated at `max_new_tokens`.
     """
 
     success: float
@@ -106,7 +107,7 @@ class VariantScore:
 
 
 def instructed(spec: str, seed: int) -> InstructedEnvironment:
-    """Make an environment that has variants of its prompt.
+    """Make an environment by name, and check that the environment has variants of its prompt.
 
     Args:
         spec: Name of the environment with its options in brackets.
@@ -125,7 +126,7 @@ def instructed(spec: str, seed: int) -> InstructedEnvironment:
 
 
 def formatter_for(lm: LanguageModel, config: BatteryConfig) -> PromptFormatter:
-    """Make the formatter of prompts; it uses the chat template as `BatteryConfig.chat` says."""
+    """Make the formatter of prompts, with a chat template if `BatteryConfig.chat` requires it."""
     return PromptFormatter(lm, has_chat_template(lm) if config.chat is None else config.chat)
 
 
@@ -136,20 +137,20 @@ def play_battery(
     mesh: Mesh,
     split: Split = "test",
 ) -> dict[str, VariantScore]:
-    """Play episodes of each variant with a policy, which answers greedily.
+    """Play episodes of each variant with a policy that decodes greedily.
 
-    In each turn the policy reads only the present prompt, not the earlier turns.
+    In each turn, the policy's context is only the current prompt, without earlier turns.
 
     Args:
         policy: Policy to sample from (`train.rl.learning.policy.sampler_of`).
         lm: Language model whose tokenizer is used.
         config: Variants and limits.
-        mesh: Mesh whose devices share the rows.
-        split: Split of the problems; scores on "train" show, beside those on "test", how much is
-            memorised.
+        mesh: Mesh over which the rows are sharded.
+        split: Split of the problems; comparing the scores on "train" with the scores on "test"
+            shows how much is memorised.
 
     Returns:
-        Scores by the name of the variant.
+        Mapping from the name of a variant to its scores.
 
     Raises:
         ValueError: The config or an environment has a mistake.
@@ -200,16 +201,16 @@ def battery_metrics(scores: Mapping[str, VariantScore]) -> dict[str, float]:
 
 
 def readable_battery(held_out: Mapping[str, float]) -> str:
-    """Format success and validity of each variant, for the line of held-out metrics.
+    """Format the success and validity of each variant, for the line of held-out metrics.
 
-    If responses were truncated, the line gives the largest fraction of a variant, since truncation
-    lowers success and validity.
+    If responses were truncated, the text gives the largest truncated fraction of any variant, since
+    truncation lowers success and validity.
 
     Args:
-        held_out: Held-out metrics, with those of `battery_metrics`.
+        held_out: Mapping from names to held-out metrics, including those of `battery_metrics`.
 
     Returns:
-        Text to append to the line; "" without metrics of a battery.
+        Text to append to the line of held-out metrics; "" if no battery was played.
     """
     names = [name.split("/")[1] for name in held_out if name.endswith("/validity")]
     shown = [

@@ -17,14 +17,14 @@ def demonstration_record(
     """Convert a demonstration to a record of chat data.
 
     Args:
-        demonstration: State with its prompt, and the expert's steps in it.
+        demonstration: State with its prompt, and the expert's thoughts and answer.
         form: Parts of the completion (`verbalise`).
         variant: Variant of the environment.
-        epoch: Number of earlier passes over the states.
+        epoch: Index of the epoch, from 0.
 
     Returns:
         Dict with `prompt` and `completion`, and the origin of the prompt: `template`, `paraphrase`,
-        `variant`, `map` and `names` (that the prompt gives), `problem` and `epoch`.
+        `variant`, `map` and `names` (which the prompt shows), `problem` and `epoch`.
     """
     prompt = demonstration.prompt
     return {
@@ -43,9 +43,9 @@ def demonstration_record(
 def demonstration_records(
     environment: InstructedEnvironment, split: Split, count: int, epochs: int, form: Form
 ) -> Iterator[dict[str, Any]]:
-    """Yield records of `count` states in each epoch.
+    """Yield chat records of an expert's demonstrations, for `count` states in each epoch.
 
-    Variants that sample their maps of names sample new ones in each epoch, unless the environment
+    Variants that sample their maps of names sample new maps in each epoch, unless the environment
     has `resample=False`. Boards of Sokoban are the same in each epoch; cards are dealt anew for the
     epoch's map.
 
@@ -62,7 +62,7 @@ def demonstration_records(
 
 
 def write_records(path: Path, records: Iterable[dict[str, Any]]) -> int:
-    """Write records as JSON Lines; if writing fails, no file is left.
+    """Write records as a JSON Lines file; if writing fails, no file is left.
 
     Args:
         path: File that does not exist yet; its folder is made.
@@ -90,8 +90,8 @@ def check_apart(out: Path, folder: Path, variants: Iterable[str]) -> None:
         variants: Names of the variants.
 
     Raises:
-        ValueError: The path of the training file is that of a variant's file, of the folder, or of
-            a parent of the folder.
+        ValueError: The path of the training file equals the path of a variant's file, of the
+            folder, or of a parent of the folder.
     """
     here, others = out.resolve(), folder.resolve()
     files = {others / f"{name}.jsonl" for name in variants}

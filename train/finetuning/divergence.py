@@ -1,4 +1,4 @@
-"""Divergence of a tuned model from the model that tuning began with, as a penalty on the loss."""
+"""KL divergence of a tuned model from its reference model, as a penalty on the loss."""
 
 import jax
 import jax.numpy as jnp
@@ -15,14 +15,14 @@ def reference_kl(
 ) -> tuple[jax.Array, jax.Array]:
     """Compute KL(π ‖ π_ref) exactly over the vocabulary, and log π(target), at each target.
 
-    Logits are computed for a few positions at a time. No gradient flows into the reference, and it
-    has no dropout.
+    Logits are computed for a few positions at a time. No gradient flows into the reference model,
+    which runs without dropout.
 
     Args:
         model: Tuned model π.
-        reference: Model that tuning began with, π_ref.
-        rows: Arrays `[B, T + 1]` by name (`FinetunableModel.log_probs`).
-        key: Key of dropout and of random insertion of `model`; None for neither.
+        reference: Reference model π_ref, with the parameters that tuning began with.
+        rows: Mapping from names to arrays `[B, T + 1]`, as in `FinetunableModel.log_probs`.
+        key: PRNG key of dropout and of random insertion in `model`; None disables both.
 
     Returns:
         Divergences in nats and log-probabilities, both `[B, T]` float32; 0 for targets outside of
@@ -34,7 +34,7 @@ def reference_kl(
         log_p = jax.nn.log_softmax(model.backbone.unembed(mine).astype(jnp.float32))
         log_q = jax.nn.log_softmax(reference.backbone.unembed(theirs).astype(jnp.float32))
         divergence = (jnp.exp(log_p) * (log_p - jax.lax.stop_gradient(log_q))).sum(axis=-1)
-        # A sum, since a gather would move hidden states between devices.
+        # A masked sum, since a gather would move hidden states between devices.
         chosen = jnp.arange(log_p.shape[-1]) == targets[..., None]
         picked = jnp.where(chosen, log_p, 0).sum(axis=-1)
         return jnp.where(mask, divergence, 0.0), jnp.where(mask, picked, 0.0)

@@ -58,7 +58,7 @@ ROWS = ("tokens", "loss_mask", "segment")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SFTConfig(LoopConfig):
-    """Supervised fine-tuning; only the assistant's tokens are targets of the loss.
+    """Config of supervised fine-tuning; only the assistant's tokens are targets of the loss.
 
     Attributes:
         weights: Model to start from: a run folder, "smollm2", a Hugging Face folder, or a .gguf
@@ -67,14 +67,16 @@ class SFTConfig(LoopConfig):
             adapter, or a "weaver" of latent memory. With "lora" and "weaver" the decoder is frozen,
             and checkpoints hold only the trained parameters.
         lora: Options of the adapter that `train="lora"` trains.
-        memgen: Options of the weaver that `train="weaver"` trains, and of where it writes memory.
-        boundaries: Rule for the tokens after which memory may be written (`memgen.boundary_table`).
+        memgen: Options of latent memory for `train="weaver"`: the weaver, and where memory is
+            written.
+        boundaries: Rule that selects the tokens after which memory may be written
+            (`memgen.boundary_table`).
         data: Conversations, row length and packing.
-        kl: Coefficient of a penalty on KL(π ‖ π_ref), the divergence from the weights that tuning
-            begins with: exact over the vocabulary, and averaged over the targets. Above 0, a copy
-            of these weights stays in memory.
-        battery: Variants of an environment that the model is scored on at each evaluation, as
-            `eval/battery/VARIANT/success`, `/validity` and `/cut`; none without a `task`.
+        kl: Coefficient of a penalty on KL(π ‖ π_ref), the divergence from the model that tuning
+            begins with, computed exactly over the vocabulary and averaged over the targets. If it
+            is above 0, a copy of the trained parameters' initial values stays in memory.
+        battery: Battery of variants that is played at each evaluation, with the metrics
+            `eval/battery/VARIANT/success`, `/validity` and `/cut`; none is played without a `task`.
     """
 
     weights: str = "smollm2"
@@ -95,13 +97,13 @@ class SFTConfig(LoopConfig):
 
 
 class SFTJob:
-    """The job that `train.engine.loop.run` trains for an `SFTConfig` (see `TrainingJob`).
+    """Training job of supervised fine-tuning for `train.engine.loop.run` (see `TrainingJob`).
 
     Args:
         config: Config of the run.
 
     Raises:
-        ValueError: The config or the weights have a mistake.
+        ValueError: An option is wrong, or the model to start from does not suit the options.
     """
 
     def __init__(self, config: SFTConfig):
@@ -150,16 +152,16 @@ class SFTJob:
         self._memory = training_memory(
             self.trainable, config.batch_size, self.seq_len, copies=config.kl > 0
         )
-        if not config.dry_run:  # which may be of a run on another machine
+        if not config.dry_run:  # a dry run may describe a run on another machine
             self._memory.check()
-        # A frozen decoder needs no gradients of its weights: two products in place of three.
+        # A frozen decoder needs no gradients of its parameters: two matrix products, not three.
         products, passes, length = 3 if config.train == "all" else 2, 1, self.seq_len
         if config.train == "weaver":
             length += config.memgen.max_latents
             passes = 1 + self._weaving(length)
         flops = model.config.forward_flops(length)
         self.step_flops = round(products * passes * config.batch_size * flops)
-        # Of the weights that are only read, so that a run is continued with the same ones.
+        # Checksum of parameters that checkpoints lack: a run must be resumed with the same values.
         self._base = None if self.keeps_frozen and not config.kl else checksum(model)
         self._score = jax.jit(
             self._scores,
@@ -168,7 +170,7 @@ class SFTJob:
         )
 
     def _weaving(self, length: int) -> float:
-        """Return the maximum number of vectors that the weaver reads per row, over `length`."""
+        """Return the weaver's maximum number of input vectors per row, divided by `length`."""
         config, trainable = self.config, self.trainable
         made = nnx.merge(trainable.graphdef, trainable.abstract.weights).memgen
         if not made.config.weaver.latents_see_latents:
@@ -240,7 +242,7 @@ class SFTJob:
     def step_metrics(
         self, sums: Mapping[str, Any], step: int
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Return the metric `ref_kl`, the mean divergence in nats, if it is penalised."""
+        """Return the metric `ref_kl`, the mean divergence in nats, if `config.kl` is not 0."""
         if not self.config.kl:
             return {}, {}
         return {"ref_kl": float(sums["ref_kl"]) / max(float(sums["tokens"]), 1.0)}, {}
@@ -249,15 +251,16 @@ class SFTJob:
         return ""
 
     def first_state(self) -> TrainState:
-        """Make the state of step 0: the loaded weights, and newly initialised adapters or heads."""
+        """Make the state of step 0: the loaded model, and a newly initialised adapter or weaver."""
         return self.trainable.start(nnx.state(self._around(self._lm.model)))
 
     def evaluate(self, state: TrainState, data: ChatData) -> dict[str, float]:
         """Score held-out rows, and play the battery.
 
         Returns:
-            Metrics by name: `loss` in nats per supervised token; `perplexity`; `standard_error` of
-            `loss` as an estimate for all rows, unless only one row is scored; and the battery's.
+            Mapping from names to metrics: `loss` in nats per supervised token; `perplexity`;
+            `standard_error` of `loss` as an estimate for all rows, unless only one row is scored;
+            and the metrics of the battery.
         """
         nats, count = [], []
         size = self.config.batch_size // self.config.accumulate
@@ -328,7 +331,8 @@ def penalised_loss(trainable: Trainable, kl: float) -> Loss:
         kl: Coefficient of the penalty.
 
     Returns:
-        Loss that takes the trained parameters of the reference as an argument after its key.
+        Loss function with one more argument after its key: an nnx.State with the reference model's
+        values of the trained parameters.
     """
 
     def loss(

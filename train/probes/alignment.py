@@ -1,4 +1,4 @@
-"""Mutual nearest neighbours: a measure of how similar two representations of points are."""
+"""Mutual k-NN alignment, a measure of how similar two representations of the same points are."""
 
 from typing import NamedTuple
 
@@ -6,14 +6,14 @@ import numpy as np
 
 
 class Alignment(NamedTuple):
-    """Alignment of two representations, and of the same representations paired at random.
+    """Alignment of two representations of N points, with a permutation test.
 
     Attributes:
         value: Mutual k-NN alignment, from 0 to 1.
         chance: Expected alignment if points are paired at random, k / (N - 1).
         permuted: Mean alignment over random permutations of the second representation.
-        p_value: Fraction of permutations, among those sampled and the identity, whose alignment is
-            at least `value`.
+        p_value: Fraction of permutations whose alignment is at least `value`, among the sampled
+            permutations and the identity.
     """
 
     value: float
@@ -22,17 +22,17 @@ class Alignment(NamedTuple):
     p_value: float
 
 
-SAME = 9  # digits to which the cosines of equally near points agree
+SAME = 9  # decimal digits to which cosines are rounded, so that equal cosines are ties
 
 
 def nearest(features: np.ndarray, k: int, seed: int | tuple[int, ...] = 0) -> np.ndarray:
-    """Find the k nearest other points of each point by cosine; ties are broken at random.
+    """Find the k nearest neighbours of each point by cosine; ties are broken at random.
 
     Two representations that are compared need different seeds: if both broke ties in the same
     order, their ties would agree.
 
     Args:
-        features: Vectors `[N, F]`, one for each point.
+        features: Vectors `[N, F]` of N points, with F features each.
         k: Number of neighbours, from 1 to N - 1.
         seed: Seed of the order in which ties are broken.
 
@@ -69,7 +69,7 @@ def mutual_knn(first: np.ndarray, second: np.ndarray, k: int, seed: int = 0) -> 
     This is the mutual k-NN metric of "The Platonic Representation Hypothesis" (arXiv 2405.07987).
 
     Args:
-        first: First representation `[N, F]` of the points.
+        first: First representation `[N, F]` of N points, with F features each.
         second: Second representation `[N, F']` of the same points.
         k: Number of neighbours, from 1 to N - 1.
         seed: Seed of the orders in which ties between neighbours are broken.
@@ -87,7 +87,7 @@ def alignment(
     """Compute `mutual_knn`, and test it against random pairings of the points.
 
     Args:
-        first: First representation `[N, F]` of the points.
+        first: First representation `[N, F]` of N points, with F features each.
         second: Second representation `[N, F']` of the same points.
         k: Number of neighbours, from 1 to N - 1.
         permutations: Number of random permutations of the points of `second`, 1 or more.

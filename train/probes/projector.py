@@ -1,8 +1,8 @@
 """A trained projector from image features to soft tokens, which a frozen decoder reads.
 
 A row consists of the tokens that begin every text, the soft tokens of an image, and the text. The
-decoder reads it as vectors (`Architecture.backbone`), as it reads the latents of MemGen, so that
-the probe works with any architecture.
+decoder gets a row as vectors (`Architecture.backbone`), like the latents of MemGen, so that the
+probe works with any architecture.
 """
 
 from typing import Any
@@ -23,19 +23,19 @@ class ProjectorParam(nnx.Param):
 
 
 class Projector(nnx.Module):
-    """Two layers from the features of each patch to soft tokens.
+    """Two-layer MLP from the features of each image patch to soft tokens.
 
-    With features f_p and a learned vector e_p of patch p, z_p = W₂ gelu(W₁ f_p + e_p) + b₂. It is
-    divided into K soft tokens z of width D, and each is scaled to g z / rms(z) with a learned gain
-    g.
+    With features f_p and a learned vector e_p of patch p, z_p = W₂ gelu(W₁ f_p + e_p) + b₂. The
+    vector z_p is divided into M soft tokens z of width D, and each soft token is scaled to
+    g z / rms(z) with a learned gain g.
 
     Args:
         shape: Number of patches P of an image, and number of features F of a patch.
-        tokens: Number of soft tokens K of each patch.
+        tokens: Number of soft tokens M of each patch.
         hidden: Width of the hidden layer.
         embed_dim: Width D of the decoder's vectors.
         gain: Initial value of g, a scalar: the root mean square of the decoder's embeddings.
-        rngs: Keys of the initial values.
+        rngs: PRNG keys of the initial values.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class Projector(nnx.Module):
         self.gain = ProjectorParam(gain.astype(jnp.float32))
 
     def __call__(self, features: jax.Array) -> jax.Array:
-        """Compute the soft tokens `[B, P * K, D]` float32 of features `[B, P, F]`.
+        """Compute the soft tokens `[B, P * M, D]` float32 of features `[B, P, F]`.
 
         Raises:
             ValueError: The number of patches or of features differs from `shape`.
@@ -76,7 +76,7 @@ class Projector(nnx.Module):
 
 
 class SeeingModel(nnx.Module):
-    """A frozen decoder with a projector of images, which scores the answers in rows.
+    """Frozen decoder with an image projector, which computes log-probabilities of answers.
 
     Args:
         model: Decoder. It stays frozen if only `ProjectorParam`s are trained.
@@ -84,7 +84,7 @@ class SeeingModel(nnx.Module):
         tokens: Number of soft tokens of each patch.
         hidden: Width of the projector's hidden layer.
         before: Number of tokens at the start of a row that precede the soft tokens.
-        rngs: Keys of the projector's initial values.
+        rngs: PRNG keys of the projector's initial values.
 
     Raises:
         ValueError: The decoder's policy is not causal, so that forks depend on the answer; or a
@@ -117,10 +117,11 @@ class SeeingModel(nnx.Module):
         """Compute the log-probabilities of the scored tokens.
 
         Args:
-            tokens: Token ids `[B, L]` int32, padded with -1 on the right.
+            tokens: Token ids `[B, L]` int32 of rows of L tokens, padded with -1 on the right.
             scored: Mask `[B, L]` bool of the tokens that are scored. The first `before + 1` tokens
                 of a row are never scored.
-            features: Features `[B, P, F]` of each row's image; None for rows without soft tokens.
+            features: F features of each of P patches of each row's image, `[B, P, F]`; None for
+                rows without soft tokens.
 
         Returns:
             Log-probabilities `[B, L - before - 1]` float32 of the tokens from index `before + 1`
@@ -143,12 +144,12 @@ class SeeingModel(nnx.Module):
 def answer_loss(
     model: SeeingModel, batch: dict[str, jax.Array], key: jax.Array
 ) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
-    """Compute the `train.engine.step.Loss` of rows: nats of the answers, and their token count.
+    """Compute the `train.engine.step.Loss` of rows: summed nats and number of answer tokens.
 
     Args:
         model: Frozen decoder with the projector that is trained.
-        batch: Arrays `tokens`, `scored` and `features`, as `SeeingModel.log_probs` takes them.
-        key: Key of noise, which is not used.
+        batch: Dict of `tokens`, `scored` and `features`, the arguments of `SeeingModel.log_probs`.
+        key: PRNG key, which is not used.
     """
     found = model.log_probs(batch["tokens"], batch["scored"], batch["features"])
     return -found.sum(), batch["scored"].sum(dtype=jnp.float32), {}
@@ -158,7 +159,7 @@ def embedding_size(decoder: Any) -> jax.Array:
     """Compute the root mean square of token embeddings, over at most 1,024 evenly spaced ids.
 
     Args:
-        decoder: Decoder as a `memgen.DecoderBackbone`.
+        decoder: Decoder, a `memgen.DecoderBackbone`.
     """
     count = min(decoder.vocab_size, SAMPLED_IDS)
     ids = jnp.asarray(np.linspace(0, decoder.vocab_size - 1, count).astype(np.int32))

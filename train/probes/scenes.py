@@ -1,8 +1,8 @@
 """Small rendered scenes: images, captions, and statements to complete with one of four answers.
 
-A scene has one to four objects in the corners of an image. Their shapes and colours differ, so that
-each statement has one right answer. A scene is a function of seed, split and index. A hash of the
-objects decides the split, so that no held-out scene is ever trained on.
+A scene has one to four objects in the corners of an image. The objects differ in shape and colour,
+so that each statement has one right answer. A scene is a function of seed, split and index. A hash
+of the objects decides the split, so that no held-out scene is ever trained on.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ COLOURS = {"red": (1, 0, 0), "green": (0, 1, 0), "blue": (0, 0, 1), "yellow": (1
 CORNERS = ("top left", "top right", "bottom left", "bottom right")
 NUMBERS = ("one", "two", "three", "four")
 ANSWERS = {"colour": tuple(COLOURS), "shape": SHAPES, "position": CORNERS, "count": NUMBERS}
-"""Possible answers to each kind of question."""
+"""Mapping from each kind of question to its possible answers."""
 TEXTS = {
     "colour": "the {shape} is",
     "shape": "the {colour} shape is a",
     "position": "the {colour} {shape} is at the",
     "count": "the number of shapes is",
 }
-"""Template of the statement of each kind of question, without the answer, which completes it."""
+"""Mapping from each kind of question to the template of a statement, which the answer completes."""
 
-SIZE = 16  # of an image, in pixels
-SPRITE = 6  # of an object, which stands in a quarter of the image with a pixel or two around it
-NOISE = 0.05  # standard deviation of each pixel
-HELD_OUT = 0.2  # share of the scenes
+SIZE = 16  # side of an image in pixels
+SPRITE = 6  # side of an object in pixels; an object lies within a quarter of the image
+NOISE = 0.05  # standard deviation of the noise of each pixel
+HELD_OUT = 0.2  # fraction of the scenes
 
 
 class Thing(NamedTuple):
@@ -68,7 +68,7 @@ class Question:
 
     @property
     def choices(self) -> tuple[str, ...]:
-        """Possible answers, each of which continues `text` after a space."""
+        """Possible answers; each of them continues `text` after a space."""
         return ANSWERS[self.kind]
 
     @property
@@ -79,7 +79,7 @@ class Question:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Scene:
-    """Objects, and the image that shows them.
+    """Objects of a scene, and the image that shows the objects.
 
     Attributes:
         things: Objects in random order.
@@ -93,16 +93,16 @@ class Scene:
 
     @property
     def caption(self) -> str:
-        """Scene in words, e.g. "a red circle at the top left, a blue cross at the top right."."""
+        """Objects in words, e.g. "a red circle at the top left, a blue cross at the top right."."""
         return caption(self.things)
 
     @property
     def shown(self) -> frozenset[Thing]:
-        """Set of the objects, equal for scenes that differ only in order, exact place or noise."""
+        """Set of objects, equal for scenes that differ only in order, exact positions or noise."""
         return frozenset(self.things)
 
     def question(self, kind: str) -> Question:
-        """Return the scene's question of a kind, a key of `ANSWERS`, about a random object."""
+        """Return the scene's question of the given kind (a key of `ANSWERS`) on a random object."""
         rng = np.random.default_rng([*self.seed, 1, list(ANSWERS).index(kind)])
         thing = self.things[rng.integers(len(self.things))]
         answer = {
@@ -151,7 +151,7 @@ def scene(seed: int, split: Split, index: int) -> Scene:
 def distinct_scenes(seed: int, split: Split) -> Iterator[Scene]:
     """Yield scenes of a split that show different sets of objects.
 
-    The iterator never ends: once all sets of objects have been shown, it searches for ever.
+    The iterator never ends: once all sets of objects have been shown, the search goes on forever.
     """
     seen = set()
     for index in itertools.count():
@@ -165,7 +165,7 @@ def patches(images: np.ndarray, patch: int) -> np.ndarray:
     """Divide images into square patches, row by row, and flatten the pixels of each.
 
     Args:
-        images: Pixels `[N, H, W, C]`.
+        images: Pixels `[N, H, W, C]` of N images with height H, width W and C channels.
         patch: Side of a patch in pixels.
 
     Returns:

@@ -1,4 +1,4 @@
-"""The visual probe of a frozen decoder: its answers about images that a projector shows it.
+"""Visual probe: train a projector of images to a frozen decoder, and score answers about images.
 
 There are three controls: the image of another example (shuffled), no image (blind), and a projector
 that was trained and is tested on blank images, which can only learn to guess (blank).
@@ -69,7 +69,7 @@ class ProbeConfig:
 
     def __post_init__(self):
         check_least(self, steps=1, batch=1, patch=1, tokens=1, hidden=1, questions=2)
-        _ = self.shape, self.optimizer  # both refuse what they can not use
+        _ = self.shape, self.optimizer  # both raise errors for wrong options
 
     @property
     def optimizer(self) -> OptimizerConfig:
@@ -105,12 +105,12 @@ class Example(NamedTuple):
 
 
 class VisualProbe:
-    """Trainer and tester of projectors for frozen decoders of one config; it compiles only once.
+    """Trainer and tester of projectors for frozen decoders of one config, compiled only once.
 
     Args:
         config: Config of the decoders.
-        encode: Function from a text to the token ids that the decoder reads, including tokens that
-            begin every text (`LanguageModel.prompt`).
+        encode: Function from a text to the token ids that the decoder reads, including the tokens
+            that begin every text (`LanguageModel.prompt`).
         options: Sizes of the projector, and options of its training and its test.
         seed: Seed of the projector and of the scenes.
 
@@ -147,13 +147,13 @@ class VisualProbe:
         self._log_probs, self._mean_state = log_probs, mean_state
 
     def seeing(self, model: Architecture) -> SeeingModel:
-        """Return a decoder with a new, untrained projector.
+        """Wrap a decoder as a `SeeingModel` with a new, untrained projector.
 
         Args:
             model: Decoder with the probe's config.
 
         Raises:
-            ValueError: The decoder has another config.
+            ValueError: The decoder's config differs from the probe's.
         """
         options = self.options
         if model.config != self.config:
@@ -171,11 +171,11 @@ class VisualProbe:
 
         Args:
             model: Frozen decoder; its arrays are copied.
-            blank: Whether all images are replaced by blank ones, as a control.
+            blank: Whether all images are replaced by blank images, as a control.
 
         Returns:
-            Weights of the `SeeingModel`, an nnx.State, and the mean loss over the last tenth of the
-            steps, in nats per token of an answer.
+            nnx.State of all parameters of the `SeeingModel`, and the mean loss over the last tenth
+            of the steps, in nats per token of an answer.
         """
         weights = jax.tree.map(lambda leaf: leaf.copy(), nnx.state(self.seeing(model)))
         state, losses = self._trainable.start(weights), []
@@ -193,12 +193,12 @@ class VisualProbe:
         """Score held-out questions of each kind under each condition.
 
         Args:
-            seeing: Weights that `train` returned for images.
-            blank: Weights that `train` returned for blank images (`blank=True`).
+            seeing: nnx.State that `train` returned for images.
+            blank: nnx.State that `train` returned for blank images (`blank=True`).
 
         Returns:
-            Fractions of right answers by kind of question (`ANSWERS`), then by condition
-            (`CONDITIONS`).
+            Mapping from a kind of question (`ANSWERS`) to a mapping from a condition (`CONDITIONS`)
+            to the fraction of right answers.
         """
         found = {}
         for kind in ANSWERS:
@@ -213,10 +213,10 @@ class VisualProbe:
         return found
 
     def rate(self, weights: Any, examples: Sequence[Example], features: np.ndarray | None) -> Rate:
-        """Compute the fraction of examples whose right answer is the most probable possible one.
+        """Compute the fraction of questions whose most probable choice is the right answer.
 
         Args:
-            weights: Weights of a `SeeingModel`.
+            weights: nnx.State of a `SeeingModel`, as `train` returns it.
             examples: N questions with their scenes.
             features: Features `[N, P, F]` of the image shown with each question; None for no
                 images.
@@ -228,10 +228,10 @@ class VisualProbe:
     def answers(
         self, weights: Any, examples: Sequence[Example], features: np.ndarray | None
     ) -> np.ndarray:
-        """Return the index `[N]` of the most probable of the possible answers to each question.
+        """Return the index of the most probable choice for each question, `[N]` int.
 
         Args:
-            weights: Weights of a `SeeingModel`.
+            weights: nnx.State of a `SeeingModel`, as `train` returns it.
             examples: N questions with their scenes.
             features: Features `[N, P, F]` of the image shown with each question; None for no
                 images.
@@ -250,7 +250,7 @@ class VisualProbe:
 
         Args:
             model: Frozen decoder.
-            scenes: Scenes whose captions are read; their images are not used.
+            scenes: N scenes, of which only the captions are used.
         """
         ids = [self._encode(one.caption) for one in scenes]
         tokens = np.full((len(ids), max(map(len, ids))), -1, np.int32)
@@ -263,26 +263,25 @@ class VisualProbe:
     ) -> list[Example]:
         """Return questions about scenes of a split, one for each sampled scene.
 
-        Scenes with few objects repeat with other pixels: 256 held-out scenes show about 160
+        Sets of few objects recur, drawn with other pixels: 256 held-out scenes show about 160
         different sets of objects.
 
         Args:
             split: Split of the scenes.
             count: Number of questions.
-            part: Number of blocks of `count` scenes that are skipped; the first scene has index
-                `part * count`.
-            kind: Kind of all questions; None takes all kinds in turn.
+            part: Index of the block of `count` scenes; the first scene has index `part * count`.
+            kind: Kind of all questions; None cycles through all kinds.
         """
         kinds = itertools.cycle(ANSWERS) if kind is None else itertools.repeat(kind)
         drawn = (scene(self.seed, split, part * count + index) for index in range(count))
         return [Example(one.question(name), one) for one, name in zip(drawn, kinds, strict=False)]
 
     def rows(self, examples: Sequence[Example]) -> dict[str, np.ndarray]:
-        """Build the batch of `answer_loss` from questions with their right answers.
+        """Build a batch for `answer_loss` from questions with their right answers.
 
         Returns:
-            Arrays by name: `tokens`, `[B, L]` int32 padded with -1; `scored`, `[B, L]` bool, true
-            for tokens of the answer; `features`, `[B, P, F]` float32.
+            Mapping from names to arrays: `tokens`, `[B, L]` int32 padded with -1 to L tokens;
+            `scored`, `[B, L]` bool, true for tokens of the answer; `features`, `[B, P, F]` float32.
         """
         asked = [one.question for one in examples]
         batch = self._tokens([(one.text, one.choices[one.answer]) for one in asked])
@@ -313,7 +312,7 @@ def wilson(right: int, count: int) -> Rate:
     rate = right / count
     middle = (rate + z**2 / (2 * count)) / (1 + z**2 / count)
     half = z / (1 + z**2 / count) * math.sqrt(rate * (1 - rate) / count + z**2 / (4 * count**2))
-    # At 0 and 1 an end is the share itself, but for float noise.
+    # At a rate of 0 or 1, one end of the interval is the rate itself, without rounding errors.
     low, high = (middle - half if right else 0.0), (middle + half if right < count else 1.0)
     return Rate(rate, low, high)
 
@@ -334,7 +333,7 @@ def _encoded(encode: Encode, text: str, answer: str) -> tuple[int, list[int]]:
 
 
 def _width(encode: Encode) -> int:
-    """Number of tokens of the longest row."""
+    """Return the number of tokens of the longest row that a question can give."""
     texts = [
         (template.format(shape=shape, colour=colour), answer)
         for kind, template in TEXTS.items()

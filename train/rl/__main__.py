@@ -15,7 +15,7 @@ from train.rl.parts import choices
 def main(config: RLConfig) -> None:
     """Train a policy, then print the command that generates text with it.
 
-    With `task="help"` the tasks are listed instead; with `dry_run` the run is only described.
+    With `task="help"`, list the tasks instead; with `dry_run`, only describe the run.
     """
     if config.task == "help":
         print(tasks_help())

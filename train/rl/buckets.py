@@ -1,4 +1,4 @@
-"""Rounding of sizes to a few values, so that compiled programs are reused."""
+"""Rounding of array sizes to a few buckets, so that compiled programs are reused."""
 
 SHORTEST = 16
 

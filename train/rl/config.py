@@ -19,30 +19,31 @@ from train.rl.rollout.strategies import RolloutStrategy
 from train.runs.resume import FREE, NOTED
 
 _NUM_GENERATIONS = 8
-_MOST_ROLLOUTS = 2**22  # of a step; their texts lie on the host
+_MOST_ROLLOUTS = 2**22  # maximum of a step, whose texts are in host RAM
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RLConfig(LoopConfig):
     """Reinforcement learning with verifiable rewards.
 
-    A step draws `batch_size` problems, samples `num_generations` responses to each, and makes
-    `minibatches` optimizer steps on them, each in `accumulate` micro-batches.
+    A step draws `batch_size` problems, samples `num_generations` responses to each problem, and
+    makes `epochs` passes over the responses. A pass has `minibatches` optimizer steps, each of
+    `accumulate` micro-batches.
 
     Attributes:
         weights: Model to start from: a run folder, "smollm2", a Hugging Face folder, or a .gguf
             file.
         train: Parameters that are trained: "all", a "lora" adapter, a "weaver" of latent memory, or
-            the "trigger" of weights that have a weaver. The last three freeze all other parameters.
+            the "trigger" of weights that have a weaver. All other parameters are frozen.
         task: Task or environment with its options, e.g. "arithmetic", "reverse(length=4)",
             "gsm8k:problems.jsonl"; "help" lists all.
         method: Method of reinforcement learning with its options, e.g. "dapo" or
             "grpo(kl=0.01, clip_high=0.28)". The default is "trigger" for `train="trigger"`, else
             "grpo". A method is a preset of the parts that the next five options may replace.
-        allocator: Allocator of the rollouts of a step to its problems, e.g. "uniform". The default
-            is the method's.
-        strategy: Rollout strategy, e.g. "turns(max_turns=4)". The default is the method's; without
-            one, a task gets one response and an environment is played in turns.
+        allocator: Budget allocator, which decides how many rollouts each problem of a step gets,
+            e.g. "uniform". The default is the method's.
+        strategy: Rollout strategy, e.g. "turns(max_turns=4)". The default is the method's. If the
+            method has none, a task gets one response and an environment is played in turns.
         reward: Reward shapings, applied in order, e.g. "overlong(buffer=64)". The default is the
             method's. Penalties never change whether a rollout counts as a success.
         advantage: Advantage estimator, e.g. "rloo" or "rebn(gamma=0.9)". The default is the
@@ -51,29 +52,29 @@ class RLConfig(LoopConfig):
             loss with the method's options.
         steps: Number of steps, each of which draws problems, samples rollouts and learns from them.
         seed: Seed of new parameters, of the order of problems, and of the rollouts.
-        batch_size: Number of problems of a step.
-        pool: Number of training problems that are used: the first ones of the task, in every epoch.
-            The default is all problems; those of an endless task are hardly ever repeated.
-        num_generations: Number of rollouts of each problem (G of GRPO), on average where the
-            allocator is not uniform. The default is the method's, or 8 where it has none.
+        batch_size: Number of problems per step.
+        pool: Number of training problems: every epoch goes through the first `pool` problems of the
+            task. None uses all problems; an endless task hardly ever repeats a problem.
+        num_generations: Number of rollouts of each problem (G of GRPO), an average if the allocator
+            is not uniform. The default is the method's, or 8 if the method sets none.
         minibatches: Number of minibatches that each pass splits the rollouts of a step into; each
             minibatch is one optimizer step.
         epochs: Number of passes over the rollouts of a step (μ of GRPO).
         max_new_tokens: Maximum number of tokens of a response.
         temperature: Sampling temperature of rollouts.
-        chat: Whether problems are messages to the model, in its chat template.
-        max_batches: Maximum number of batches of problems that a step draws where the method
-            filters groups.
-        lora: Adapter of `train="lora"`. Its dropout is never applied, so that updates score tokens
-            with the policy that sampled them.
-        memgen: Weaver of `train="weaver"`, for weights that have no weaver.
-        trigger: Trigger of `train="trigger"`, for weights that have no trigger.
-        boundaries: Rule for the tokens after which memory may be written: "suffix", "exact_id" or
-            "sentence" (see `memgen.boundary_table`).
+        chat: Whether prompts are rendered as messages in the model's chat template.
+        max_batches: Maximum number of batches of problems that a step draws if the method filters
+            groups (dynamic sampling).
+        lora: Config of the adapter for `train="lora"`. Dropout of the adapter is never applied, so
+            that updates score tokens with the policy that sampled them.
+        memgen: Config of latent memory for `train="weaver"`, used if the weights have no weaver.
+        trigger: Config of the trigger for `train="trigger"`, used if the weights have no trigger.
+        boundaries: Rule that decides after which tokens memory may be written: "suffix", "exact_id"
+            or "sentence" (see `memgen.boundary_table`).
         environment_limit_s: Time limit for a reset or a step of an environment, in seconds. An
-            episode that exceeds it is a failure, counted as `info/timeouts`; eight in a row end
-            the run. None sets no limit, and calls the environment on the main thread, as graders
-            that use signals need.
+            episode that exceeds the limit is a failure, counted as `info/timeouts`; eight such
+            episodes in a row end the run. None sets no limit, and calls the environment on the main
+            thread, which graders that use signals need.
         max_rows: Maximum number of rollouts that are generated at a time.
         share_prompts: Whether an update computes the prompt of a problem once for all of its
             rollouts, if that saves enough work and the policy supports it. Results are equal up to
@@ -144,7 +145,7 @@ class RLConfig(LoopConfig):
         self._check_parts()
 
     def _num_generations(self) -> int:
-        """Number of rollouts of each problem: given in this config, by the method, or else 8."""
+        """Return the number of rollouts of each problem: this config's, the method's, or 8."""
         mine, of_method = self.num_generations, self.recipe.num_generations
         if mine is None:
             return _NUM_GENERATIONS if of_method is None else of_method
@@ -231,7 +232,7 @@ class RLConfig(LoopConfig):
             )
 
     def _check_replaced(self, kind: str) -> None:
-        """Raise a `ValueError` for a changed option of the method whose part is replaced."""
+        """Raise a `ValueError` if the method has a changed option of the replaced part `kind`."""
         method, given = self.recipe, getattr(self, kind)
         for field in dataclasses.fields(method):
             value = getattr(method, field.name)
@@ -246,13 +247,13 @@ class RLConfig(LoopConfig):
 
     @property
     def recipe(self) -> Method:
-        """Method of the run, an object with its options as fields."""
+        """Method of the run, whose fields are its options."""
         assert isinstance(self.method, Method)
         return self.method
 
     @property
     def parts(self) -> Parts:
-        """Parts of the run: each is this config's where it has one, else the method's."""
+        """Parts of the run: this config's parts, and the method's where this config has None."""
         names = [field.name for field in dataclasses.fields(Parts)]
         given = {name: getattr(self, name) for name in names}
         return Parts(
@@ -277,12 +278,12 @@ class RLConfig(LoopConfig):
 
     @property
     def updates(self) -> int:
-        """Number of optimizer steps of a step: `minibatches` times `epochs`."""
+        """Number of optimizer steps in a step of the run: `minibatches` times `epochs`."""
         return self.minibatches * self.epochs
 
 
 def _objects(kind: str, value: Any) -> Any:
-    """Return a value of an option with each text in it parsed into a part; None stays None."""
+    """Return an option's value in which each text is parsed into a part; None stays None."""
     if value is None:
         return None
     if isinstance(value, (list, tuple)):

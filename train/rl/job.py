@@ -57,7 +57,7 @@ from train.rl.types import Collected, Episodes, Trajectory
 
 @dataclasses.dataclass(frozen=True)
 class PolicyWrapper:
-    """Function from a decoder to the model that is trained.
+    """Callable that wraps a decoder in the `FinetunableModel` that is trained.
 
     Wrappers with equal fields are equal, so that equal runs share compiled programs.
 
@@ -65,7 +65,7 @@ class PolicyWrapper:
         boundary: Bytes of the table `[V]` uint8 of tokens after which memory may be written; None
             without latent memory.
         seed: Seed of new parameters.
-        value_head: Whether the model has a value head, which is trained too.
+        train, lora, memgen, value_head: As in `FinetunableModel`, whose `method` is `train`.
     """
 
     train: finetunable.Method
@@ -79,7 +79,7 @@ class PolicyWrapper:
 
     @property
     def trained(self) -> filterlib.Filter:
-        """Filter, in Flax's sense, of the parameters that are trained."""
+        """Flax NNX filter of the parameters that are trained."""
         return (TRAINED[self.train], ValueParam) if self.value_head else TRAINED[self.train]
 
     def __call__(self, model: Architecture) -> FinetunableModel:
@@ -114,19 +114,19 @@ def trainable_of(
         mesh: Mesh of the run's devices.
         seed: Seed of the run.
         attention: Implementation of attention.
-        wrap: Function from the decoder to the model that is trained.
+        wrap: Callable that wraps the decoder in the model that is trained.
     """
     key = (architecture_of(model), model, optimizer, steps, mesh, seed, attention, wrap)
     try:
         hash(key)
-    except TypeError:  # options such as lists: nothing is shared
+    except TypeError:  # unhashable options such as lists: nothing is shared
         return _trainable_of.__wrapped__(*key)
     return _trainable_of(*key)
 
 
 @functools.lru_cache(maxsize=16)
 def _trainable_of(architecture: Any, *arguments: Any) -> Trainable:
-    del architecture  # of the key alone: a class that was defined again is another one
+    del architecture  # only a part of the cache's key, which tells redefined classes apart
     wrap: PolicyWrapper = arguments[-1]
     made = make_trainable(*arguments[:-1], wrap.trained, wrap)  # pyright: ignore[reportCallIssue]
     if wrap.value_rate == 1:
@@ -139,9 +139,9 @@ class RLJob:
 
     Args:
         config: Config of the run.
-        lm: Language model to start from, in place of the one that `config.weights` names.
-        task: Task or environment, in place of the one that `config.task` names.
-        devices: Devices of the mesh; all if not given.
+        lm: Language model to start from, in place of the model that `config.weights` names.
+        task: Task or environment, in place of the task that `config.task` names.
+        devices: Devices of the mesh; None for all devices.
 
     Attributes:
         trainable: Static side of the run: how a `TrainState` is built, updated and placed.
@@ -152,7 +152,7 @@ class RLJob:
 
     Raises:
         ValueError: The config, the weights or the task are invalid or do not fit each other, or
-            training needs more memory than there is.
+            training needs more memory than is available.
     """
 
     def __init__(
@@ -194,22 +194,22 @@ class RLJob:
             config,
             self.task,
             strategy_for(config, self.task, PromptFormatter(self.lm, config.chat)),
-            dataclasses.replace(parts.allocator),  # what it learns is this run's
+            dataclasses.replace(parts.allocator),  # a copy, whose learned state is this run's
         )
         self._responses_per_row = self.collector.strategy.responses_per_row
         self.keeps_frozen = config.train == "all"
-        # A checksum of the frozen weights, so that a run goes on beside the same ones.
+        # A checksum of the frozen weights, so that a run resumes only with the same ones.
         holds_all = self.keeps_frozen and not parts.loss.uses_reference
         self._base = None if holds_all else checksum(self.lm.memgen or model)
         longest = config.max_new_tokens * self._responses_per_row
-        if not config.dry_run:  # which may be of a run on another machine
+        if not config.dry_run:  # a dry run may describe a run on another machine
             training_memory(self.trainable, config.rollouts, longest).check()
         self._unshared = _why_unshared(config, model)
         self.learner = Learner(
             config, self.trainable, self.sampling(), longest, share_prompts=not self._unshared
         )
-        # Number of steps so far. Optimizer steps are counted in the `TrainState`: a step whose
-        # problems are all left out makes none.
+        # Number of steps so far. The `TrainState` counts optimizer steps, which a step whose
+        # problems are all left out does not make.
         self.steps_done = 0
         self.reference = Reference(
             self.trainable,
@@ -219,7 +219,7 @@ class RLJob:
         )
 
     def _memory(self) -> tuple[MemGenConfig, np.ndarray | None]:
-        """Config of latent memory, and the table `[V]` of tokens after which it may be written.
+        """Return the config of latent memory, and the table `[V]` of its boundary tokens.
 
         The table is None where neither a weaver nor a trigger is trained.
         """
@@ -258,8 +258,8 @@ class RLJob:
         """Return the options that rollouts are sampled with.
 
         Args:
-            greedy: Whether the temperature of tokens is 0, as for held-out problems. The decisions
-                of a trigger are sampled at temperature 1 in either case, as in training.
+            greedy: Whether tokens are sampled at temperature 0, as for held-out problems. The
+                decisions of a trigger are always sampled at temperature 1.
         """
         memory: Any = memgen.NeverInvoke()
         if self.config.train == "weaver":
@@ -275,10 +275,10 @@ class RLJob:
         return self.trainable.start(self.first_weights())
 
     def first_weights(self) -> Any:
-        """Return the weights to start from, with initial values of new parameters, as `nnx.State`.
+        """Return the initial weights as `nnx.State`: those of `lm`, and new parameters.
 
-        New parameters are those of an adapter, latent memory or a value head. The arrays are copies
-        because training overwrites its arrays, while `lm` may be used again.
+        New parameters belong to an adapter, latent memory or a value head. The arrays are copies
+        because training donates its arrays, while `lm` may be used again.
         """
         policy = self._wrap(self.lm.model)
         if self.lm.memgen is not None and policy.memgen is not None:
@@ -287,10 +287,10 @@ class RLJob:
 
     @property
     def meta(self) -> dict[str, Any]:
-        """Metadata of a checkpoint beside its arrays, as JSON.
+        """JSON-serializable metadata of a checkpoint.
 
-        It has the config of the run and of the model, fingerprints of the task and of the frozen
-        weights, the tokenizer, and under "rl" the number of steps and the collector's state.
+        The dict has the config of the run and of the model, fingerprints of the task and of the
+        frozen weights, the tokenizer, and under "rl" the number of steps and the collector's state.
         """
         return {
             "config": as_json(self.config),
@@ -313,13 +313,13 @@ class RLJob:
 
         Args:
             weights: Weights of the policy (`TrainState.weights`).
-            greedy: Whether the temperature of tokens is 0 (see `sampling`).
+            greedy: Whether tokens are sampled at temperature 0 (see `sampling`).
         """
         policy: MemGen = sampler_of(self.trainable.model(weights))
         return Sampler(policy, self.sampling(greedy), self.config.max_rows, self.trainable.mesh)
 
     def collect(self, weights: Any) -> Collected:
-        """Sample rollouts of one step with the weights, and advance to the next problems."""
+        """Sample the rollouts of one step with a policy's weights, and advance to new problems."""
         return self.collector.collect(self.sampler(weights))
 
     def step(self, state: TrainState) -> tuple[TrainState, dict[str, float], Collected]:
@@ -354,12 +354,13 @@ class RLJob:
 
         Args:
             trajectories: Trajectories that are trained on.
-            weights: Weights that the trajectories were sampled with (`TrainState.weights`). They
-                are used only where the policy has a value head.
+            weights: Weights that sampled the trajectories (`TrainState.weights`), used only if the
+                policy has a value head.
 
         Returns:
-            Arrays of `make_rows`. With a value head they include `values`, `returns`, and `old`,
-            the log-probabilities under `weights`, `[K, L]` each.
+            Mapping from name to array, as of `make_rows`. With a value head the mapping has three
+            more arrays `[K, L]`, for `K` rows of `L` tokens: `values`, `returns`, and `old`, the
+            log-probabilities under `weights`.
         """
         config, shape = self.config, (self._multiple, self.events_per_row)
         if config.parts.advantage.critic is None:
@@ -381,13 +382,13 @@ class RLJob:
 
     @property
     def events_per_row(self) -> int:
-        """Maximum number of times that memory is written in a row; 0 without latent memory."""
+        """Maximum number of events of latent memory in a row; 0 without latent memory."""
         if self.config.train in ("all", "lora"):
             return 0
         return self._responses_per_row * self.memgen.events
 
     def evaluate(self, weights: Any) -> tuple[dict[str, float], list[Trajectory]]:
-        """Evaluate the policy on held-out problems, one episode each, with greedy tokens.
+        """Evaluate the policy by one greedily decoded episode of each held-out problem.
 
         Args:
             weights: Weights of the policy (`TrainState.weights`).
@@ -437,7 +438,7 @@ def _why_unshared(config: RLConfig, model: Architecture) -> str:
 
 
 def _value_rate(config: RLConfig) -> float:
-    """Factor on the learning rate of the value head; 1 without one."""
+    """Return the ratio of the value head's learning rate to the policy's; 1 by default."""
     rate = config.parts.advantage.value_rate
     return 1.0 if rate is None else rate / config.scaled_optimizer.learning_rate
 

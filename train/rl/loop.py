@@ -1,4 +1,4 @@
-"""The loop of reinforcement learning, readable top to bottom."""
+"""The training loop of reinforcement learning, readable top to bottom."""
 
 import contextlib
 import json
@@ -38,18 +38,18 @@ from train.runs.run_folder import (
 
 
 def train(job: RLJob) -> dict[str, float]:
-    """Run a job to its last step, continuing from the run folder if there is one.
+    """Run a job to its last step; resume from the run folder if it has a checkpoint.
 
-    With several processes, each calls this function with a job of the same config. All processes
-    draw the same problems and hold the same search trees, budgets and trajectories. Rows are
-    sharded over all devices, and the processes divide the work of scorers and environments.
+    With several processes, each process calls this function with a job of the same config. All
+    processes draw the same problems and hold the same search trees, budgets and trajectories. Rows
+    are sharded over all devices, and the processes divide the work of scorers and environments.
 
     Args:
-        job: The run; a run folder at `config.out` is continued.
+        job: Job of the run, whose run folder is `job.config.out`.
 
     Returns:
-        Metrics of the last held-out evaluation, by name. They are empty where a continued run was
-        stopped by a signal before its first evaluation.
+        Metrics of the last held-out evaluation, by name; empty if a resumed run was stopped by a
+        signal before its first evaluation.
 
     Raises:
         ValueError: The config, the task or the run folder is invalid, a reward is not a finite
@@ -69,7 +69,7 @@ def train(job: RLJob) -> dict[str, float]:
         assert_same_on_all_hosts("the checksum of the frozen weights", meta["base"])
         stack.enter_context(run_lock(out))
         with sync_errors():
-            saved = load_run_meta(out)  # now nobody else writes
+            saved = load_run_meta(out)  # read again, as no other process writes now
             check_continuation(out, saved, config)
             check_data(out, saved, meta["data_fingerprint"])
             check_base(out, saved, meta)
@@ -186,7 +186,7 @@ def train(job: RLJob) -> dict[str, float]:
 
 @contextlib.contextmanager
 def finite(step: int) -> Iterator[None]:
-    """Convert a `FloatingPointError`, of a policy that has diverged, into a `NonFiniteLoss`.
+    """Context manager that turns a diverged policy's `FloatingPointError` into a `NonFiniteLoss`.
 
     Args:
         step: Number of the step, for the message.

@@ -1,4 +1,4 @@
-"""Tasks of one response and environments by name, for `--task`."""
+"""Registry of tasks and environments by name, for `--task`."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -32,7 +32,7 @@ def tasks_help() -> str:
 
 
 def has_turns(spec: str) -> bool:
-    """Return whether a text names an environment of several turns, without making it.
+    """Return whether a text names an environment, without making the environment.
 
     Args:
         spec: Name with options, as for `make_task`. For an unknown name the result is False.

@@ -37,8 +37,8 @@ def part_from_text(kind: str, text: str) -> Any:
         text: Name with options in brackets.
 
     Raises:
-        ValueError: There is no such name or option, a value is invalid, or the class is registered
-            by another name than its `word`.
+        ValueError: The name or an option is unknown, a value is invalid, or the class is registered
+            under another name than its `word`.
     """
     part = from_text(text, KINDS[kind][1], kind)
     word = getattr(part, "word", None)
@@ -48,7 +48,7 @@ def part_from_text(kind: str, text: str) -> Any:
 
 
 def checked(kind: str, part: Any) -> Any:
-    """Return a method or part unchanged, after checking that it can be written as a text.
+    """Return a method or part unchanged, after checking its class and its `word`.
 
     Args:
         kind: Name of the option, a key of `KINDS`.
@@ -73,7 +73,7 @@ def checked(kind: str, part: Any) -> Any:
 
 
 def choices() -> str:
-    """List all methods and parts with options and summaries, a line each, for `--help`."""
+    """List all methods and parts with options and summaries, one per line, for `--help`."""
     lines = []
     for kind, (_, registry) in KINDS.items():
         lines.append(f"choices of --{kind}:")

@@ -23,28 +23,29 @@ from train.rl.types import Problem, Trajectory
 
 @dataclasses.dataclass(frozen=True)
 class ProbeConfig:
-    """Samples answers to a task's training problems and counts the right ones.
+    """Samples answers to a task's training problems and counts the right answers.
 
-    A problem is out of the model's knowledge if none of its sampled answers is right. A probe that
-    is run again with the same options continues where it stopped.
+    A problem is out of the model's knowledge if none of its sampled answers is right. An
+    interrupted probe resumes if it is run again with the same options.
 
     Attributes:
         weights: Model that answers: a run folder, "smollm2", a Hugging Face folder, or a .gguf
             file.
         task: Task with its options.
-        pool: Number of training problems, the first ones; the default is all of a finite task.
+        pool: Number of training problems, beginning with the first; None for all problems of a
+            finite task.
         samples: Number of answers to each problem.
         temperature: Sampling temperature of the answers.
         top_p: Cumulative probability of nucleus sampling (top-p).
         max_new_tokens: Maximum number of tokens of an answer.
-        chat: Whether problems are messages to the model, in its chat template.
+        chat: Whether prompts are rendered as messages in the model's chat template.
         boxed: Whether an answer counts only inside of `\\boxed{...}`.
         unknown: Phrase that counts as abstaining; empty for the task's phrase, or "I don't know"
             where the task has none.
-        batch_size: Number of problems that are sampled and then written at a time.
+        batch_size: Number of problems whose answers are sampled before their counts are written.
         max_rows: Maximum number of answers that are generated at a time.
         seed: Seed of the task and of the answers.
-        out: File that the counts are written to, a line for each problem.
+        out: JSON Lines file of the counts, with one line for each problem.
     """
 
     weights: str = "smollm2"
@@ -99,14 +100,14 @@ class ProbeConfig:
 
     @property
     def options(self) -> dict[str, Any]:
-        """Options that the counts depend on, which the first line of the file holds."""
+        """Options that the counts depend on, stored in the first line of the file."""
         free = ("pool", "batch_size", "max_rows", "out")
         fields = (field.name for field in dataclasses.fields(self))
         return {name: getattr(self, name) for name in fields if name not in free}
 
 
 def main(config: ProbeConfig) -> None:
-    """Probe the problems that the file lacks, and print how many have no right answer."""
+    """Probe the problems that are not in the file, and print how many have no right answer."""
     probe(config, RLJob(config.rl))
     _, problems = read_probe(config.out)
     never = sum(not problem.correct for problem in problems)
@@ -115,7 +116,7 @@ def main(config: ProbeConfig) -> None:
 
 
 def probe(config: ProbeConfig, job: RLJob) -> None:
-    """Probe the problems that the file lacks, and append their counts to it.
+    """Probe the problems that are not in the file yet, and append their counts to the file.
 
     Args:
         config: Options of the probe.
@@ -161,7 +162,7 @@ def sample(
         problems: Problems to answer.
 
     Returns:
-        Name, number of right answers and number of samples of each problem, in order.
+        Counts of each problem, in the order of the problems.
 
     Raises:
         ValueError: A scorer raised.
@@ -182,7 +183,7 @@ def check_scorer(task: Any, rows: Sequence[Trajectory]) -> None:
     """Raise a `ValueError` if a scorer raised, since the outcome of that response is unknown.
 
     Args:
-        task: Task or environment, whose name the message has.
+        task: Task or environment, whose name is in the message.
         rows: Trajectories with their rewards.
     """
     for row in rows:
@@ -209,8 +210,8 @@ def training_problems(task: Any, pool: int | None, done: Collection[str] = ()) -
 
     Args:
         task: Task or environment.
-        pool: Number of training problems to go through, the first ones; None for all.
-        done: Names (`Problem.uid`) of problems that are left out.
+        pool: Number of training problems to go through, beginning with the first; None for all.
+        done: Names (`Problem.uid`) of problems to leave out.
 
     Raises:
         ValueError: The task is endless and no pool is given.

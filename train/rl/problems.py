@@ -12,7 +12,7 @@ import numpy as np
 from train.rl.types import Problem, Split
 
 TEST_SHARE = 5
-"""Number of problems of which one, on average, is held out for the test split."""
+"""Inverse of the expected fraction of problems that are held out for the test split."""
 
 
 def digest(text: str) -> int:
@@ -21,7 +21,7 @@ def digest(text: str) -> int:
 
 
 def options(task: Any) -> str:
-    """Format a task's options that differ from their defaults, e.g. `(length=4)`, else ""."""
+    """Format the options of a task that differ from their defaults, e.g. `(length=4)` or ""."""
     changed = [
         f"{field.name}={value!r}"
         for field in dataclasses.fields(task)
@@ -77,7 +77,7 @@ _KINDS: dict[Any, tuple[Callable[[Any], bool], str]] = {
 
 
 def check_types(task: Any) -> None:
-    """Raise a `ValueError` if an option of a task has not the type that its field declares.
+    """Raise a `ValueError` if an option of a task is not of the type that its field declares.
 
     Only fields that are declared as int, float, bool or str are checked; an int fits a float, and a
     float has to be finite.
@@ -130,22 +130,26 @@ class GeneratedProblems:
         """Raise a `ValueError` for options with which no problem can be generated."""
 
     def prepare(self) -> None:
-        """Compute, once and after `check`, what `draw` needs; by default nothing."""
+        """Precompute what `draw` needs; called once, after `check`. Does nothing by default."""
 
     def draw(self, rng: np.random.Generator) -> tuple[Any, ...]:
-        """Draw the random contents of a problem, whichever split it may belong to.
+        """Draw the random contents of a problem, which may belong to either split.
 
         Args:
-            rng: Generator that all randomness comes from.
+            rng: Generator of all random numbers of the problem.
         """
         raise NotImplementedError(f"{type(self).__name__} draws no problems")
 
     def hashed(self, drawn: tuple[Any, ...]) -> str:
-        """Return the text whose hash decides the split of drawn contents."""
+        """Return a text that identifies a problem, whose hash decides the problem's split.
+
+        Args:
+            drawn: Contents of the problem, from `draw`.
+        """
         raise NotImplementedError
 
     def made(self, drawn: tuple[Any, ...]) -> Problem:
-        """Make the problem that has the drawn contents."""
+        """Make a problem from the contents that `draw` returned."""
         raise NotImplementedError
 
     @property
@@ -157,7 +161,7 @@ class GeneratedProblems:
         return {"train": None, "test": None}
 
     def problem(self, split: Split, index: int) -> Problem:
-        """Generate the problem of a split and an index; indices may share a problem.
+        """Generate the problem of a split and an index; different indices may give equal problems.
 
         Raises:
             ValueError: There are so few problems that none is found in the split.
@@ -167,7 +171,7 @@ class GeneratedProblems:
     def drawn(
         self, split: Split, index: int, draw: Callable[[np.random.Generator], tuple[Any, ...]]
     ) -> tuple[Any, ...]:
-        """Draw the contents of the problem of an index, again until they belong to the split.
+        """Draw contents repeatedly, until they belong to the split, and return them.
 
         Args:
             split: Split of the problem.

@@ -12,7 +12,7 @@ class Task(Protocol):
     `problem` is a pure function of its arguments and uses no global random state.
 
     Attributes:
-        name: Text that makes this task when it is given to `--task`.
+        name: Value of `--task` that makes this task.
         sizes: Number of problems of each split, by the name of the split; None for an endless
             split.
     """
@@ -26,24 +26,25 @@ class Task(Protocol):
     def problem(self, split: Split, index: int) -> Problem: ...
 
     def score(self, completion: Completion) -> Reward:
-        """Return the reward of a response. It should not raise for any text."""
+        """Return the reward of a response; no text should make this method raise."""
         ...
 
 
 class Environment(Protocol):
     """A task of several turns, with explicit state.
 
-    A state is a value that `step` does not change: two steps from one state with one action give
-    the same turn, and a search may keep a state and branch from it. Environments never reset
-    themselves. The prompt of a problem is the first observation of its episode.
+    `step` never modifies a state. Two steps from the same state with the same action give the same
+    turn, so a search may keep a state and branch from it. Environments never reset themselves. The
+    prompt of a problem is the first observation of its episode.
 
     An environment may also have some of these attributes: `max_turns`, the number of turns after
-    which it truncates its episodes; `failure_value`, the reward of an episode that fails (0 if it
-    is missing); `serial`, True if its steps share a resource of the process and must not run in
-    parallel; and the players `random_action(shown, rng)` and `scripted_action(shown, rng)`.
+    which the environment truncates an episode; `failure_value`, the reward of an episode that fails
+    (0 if this attribute is missing); `serial`, True if steps share a resource of the process and
+    must not run in parallel; and the players `random_action(shown, rng)` and
+    `scripted_action(shown, rng)`.
 
     Attributes:
-        name: Text that makes this environment when it is given to `--task`.
+        name: Value of `--task` that makes this environment.
         sizes: Number of problems of each split, by the name of the split; None for an endless
             split.
     """
@@ -61,5 +62,5 @@ class Environment(Protocol):
         ...
 
     def step(self, state: Any, action: Completion) -> Turn:
-        """Return the turn that follows a response. It should not raise for any text."""
+        """Return the turn that follows a response; no text should make this method raise."""
         ...

@@ -1,8 +1,8 @@
 """Make data for `sft` by a policy and a verifier: python -m train.rl.rejection --weights runs/sft
 
 Rejection fine-tuning (arXiv 2308.01825) keeps sampled answers that are right. R-Tuning (2311.09677)
-relabels questions out of knowledge. `thoughtbubbles sft --data.path rejection.jsonl` trains on the
-data of either.
+relabels questions that are out of the model's knowledge. `thoughtbubbles sft --data.path
+rejection.jsonl` trains on the data of either method.
 """
 
 import contextlib
@@ -43,7 +43,7 @@ class RejectionConfig(ProbeConfig):
     Attributes:
         data: Kind of the data: "rft" keeps right answers of the policy (rejection fine-tuning),
             "r_tuning" relabels the task's own answers (R-Tuning).
-        keep: Maximum number of different answers to a problem that are kept, the first ones.
+        keep: Maximum number of different answers to a problem that are kept, in sampled order.
         probe: File of `thoughtbubbles probe` that says which problems are out of knowledge; empty
             if the task itself marks these problems.
         weights: Model that answers: a run folder, "smollm2", a Hugging Face folder, or a .gguf
@@ -51,12 +51,13 @@ class RejectionConfig(ProbeConfig):
         task: Task or environment with its options.
         strategy: Rollout strategy, e.g. "turns(history=False, max_observation=1024)"; the default
             is one response to a task and turns in an environment. "r_tuning" takes none.
-        pool: Number of training problems, the first ones; the default is all of a finite task.
+        pool: Number of training problems, beginning with the first; None for all problems of a
+            finite task.
         samples: Number of answers to each problem, of which some are kept.
         temperature: Sampling temperature of the answers.
         top_p: Cumulative probability of nucleus sampling (top-p).
         max_new_tokens: Maximum number of tokens of an answer.
-        chat: Whether problems are messages to the model, in its chat template.
+        chat: Whether prompts are rendered as messages in the model's chat template.
         boxed: Whether an answer counts only inside of `\\boxed{...}`; "r_tuning" writes the box
             around its answers.
         unknown: Phrase that counts as abstaining; empty for the task's phrase, or "I don't know"
@@ -64,8 +65,7 @@ class RejectionConfig(ProbeConfig):
         batch_size: Number of problems whose answers are sampled at a time.
         max_rows: Maximum number of answers that are generated at a time.
         seed: Seed of the task and of the answers.
-        out: File that conversations are appended to as they are found, a line each; it must not
-            exist before.
+        out: New JSON Lines file, to which each conversation is appended as soon as it is found.
     """
 
     data: Data = "rft"
@@ -96,7 +96,7 @@ class RejectionConfig(ProbeConfig):
     def reward(self) -> Any:
         """Reward shaping for `RLConfig.reward`: `scorer` for tasks of one response, else `()`.
 
-        An environment keeps its own score.
+        Episodes of an environment keep the environment's own rewards.
 
         Raises:
             ValueError: The task has turns, and `probe`, `boxed` or `unknown` is set.
@@ -133,19 +133,19 @@ def main(config: RejectionConfig) -> None:
 
 
 def save(path: str, lines: Iterable[Line]) -> int:
-    """Write conversations to a new file, a line each, as soon as each is known.
+    """Write conversations to a new JSON Lines file, each as soon as it is found.
 
-    A run that is ended early leaves the conversations that it has found so far.
+    An interrupted run leaves the conversations found so far in the file.
 
     Args:
-        path: File to make.
+        path: Path of the file.
         lines: Conversations.
 
     Returns:
         Number of conversations.
 
     Raises:
-        ValueError: There is no conversation; no file is made.
+        ValueError: `lines` is empty; no file is made.
         FileExistsError: The file exists.
     """
     kept = 0
@@ -174,7 +174,7 @@ def relabelled(config: RejectionConfig, task: Any) -> Iterator[Line]:
         task: Task of one response with a gold answer.
 
     Yields:
-        The `uid`, the `prompt` and the `completion` of each problem.
+        A dict with the `uid`, the `prompt` and the `completion` of each problem.
 
     Raises:
         ValueError: The task has turns, neither a probe nor the task says which problems are out of
@@ -208,7 +208,7 @@ def accepted(config: RejectionConfig, job: RLJob) -> Iterator[Line]:
         job: Job of `config.rl`.
 
     Yields:
-        Records of `conversations`, of at most `config.keep` answers to each problem.
+        Records as of `conversations`, from at most `config.keep` answers to each problem.
 
     Raises:
         ValueError: The scorer raised, or the probe lacks a problem.
@@ -259,7 +259,7 @@ def _is_fit(turns: Sequence[Trajectory], strategy: Any) -> bool:
     No response may be truncated. No response may be a mistake if later prompts contain it; where
     prompts contain no earlier responses, `conversations` leaves the mistakes out instead.
     """
-    for row in turns:  # `finished` is of the last response of a row alone
+    for row in turns:  # `finished` describes only the last response of a row
         before = [row.tokens[:end][row.trained[:end]][-1] for end in row.begins[1:]]
         if not row.finished or any(each not in strategy.formatter.lm.stop_ids for each in before):
             return False
@@ -269,7 +269,7 @@ def _is_fit(turns: Sequence[Trajectory], strategy: Any) -> bool:
 
 
 def _mistakes(info: Mapping[str, float], turns: int) -> tuple[int, int]:
-    """Count the responses so far that were not an action, and those that were not allowed.
+    """Count the responses so far that were not an action, and the responses not allowed.
 
     Args:
         info: Info of the last turn, with `malformed` (a number) and `validity` (a fraction).
@@ -305,8 +305,8 @@ def conversations(
         problem: Problem of the episode.
         texts: Responses of the episode.
         chat: Whether the records are for a chat template.
-        seen: Function from an observation to the part of it that the policy saw.
-        history: Whether a prompt is all text before the response; otherwise it is the last
+        seen: Function that truncates an observation to the part that the policy saw.
+        history: Whether a prompt is all text before the response; otherwise a prompt is the last
             observation alone (`turns(history=False)`).
 
     Yields:

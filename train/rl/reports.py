@@ -1,4 +1,4 @@
-"""Lines that a run prints, and files that it writes for a step that went wrong."""
+"""Formatting of the lines that a run prints, and files of the rollouts of a failed step."""
 
 import json
 from collections.abc import Sequence
@@ -17,10 +17,10 @@ SHOWN = 60  # characters of a prompt or a text in an example
 
 
 def save_rollouts(folder: Path, metrics: dict[str, float], collected: Collected) -> None:
-    """Write a step that went wrong into a folder: `metrics.json` and `rollouts.jsonl`.
+    """Write a failed step to a folder: `metrics.json` and `rollouts.jsonl`.
 
     Args:
-        folder: Folder, which is made if there is none.
+        folder: Folder, which is made if it does not exist.
         metrics: Metrics of the step, by name.
         collected: Rollouts of the step. The prompt, texts and reward of each trained row are
             written.
@@ -88,7 +88,7 @@ def readable_evaluation(found: dict[str, float]) -> str:
 
 
 def examples(rows: Sequence[Trajectory], count: int) -> list[str]:
-    """Format the first `count` rows as a line each: shortened prompt, responses, and reward."""
+    """Format the first `count` rows, one per line: shortened prompt, responses, and reward."""
     shown = []
     for row in rows[:count]:
         prompt, text = (_cut(words) for words in (row.problem.prompt, " | ".join(row.texts)))

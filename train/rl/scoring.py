@@ -1,4 +1,4 @@
-"""Scoring of responses and stepping of environments, with errors caught and values checked."""
+"""Score responses and step environments, with errors caught and values checked."""
 
 import dataclasses
 import math

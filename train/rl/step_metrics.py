@@ -1,4 +1,4 @@
-"""Metrics of a step: of its rollouts, of held-out episodes, of its updates, and of time."""
+"""Metrics of rollouts, of held-out episodes, of updates, and of throughput."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,7 +10,7 @@ from train.rl.types import Collected, Episodes, Trajectory
 
 
 def mixed_groups(rows: Sequence[Trajectory]) -> list[int]:
-    """Return the indices of the groups whose episodes differ in their verdict, in rising order."""
+    """Return the indices of groups whose episodes differ in their verdict, in increasing order."""
     episodes = Episodes.from_trajectories(rows)
     mixed = in_mixed_group(episodes.verdict, episodes.group, episodes.valid)
     return np.unique(episodes.group[mixed]).tolist()
@@ -23,9 +23,9 @@ def rollout_metrics(collected: Collected) -> dict[str, float]:
         A dict. `reward`, `success`, `length` (in tokens) and `info/...` are means over episodes.
         `finished` is the fraction of rows that end with a stop id. `mixed_groups` and
         `mixed_rollouts` are the fractions of problems and of episodes in groups whose episodes
-        differ in their verdict. `groups` and `kept` count the problems that were drawn and those
-        that are trained on, `rollouts` counts the episodes. The metrics of `Collected.budget` and
-        of `invocations` are included.
+        differ in their verdict. `groups` is the number of problems that were drawn, `kept` the
+        number of problems that are trained on, and `rollouts` the number of episodes. The metrics
+        of `Collected.budget` and of `invocations` are included.
     """
     rows = collected.drawn
     episodes = Episodes.from_trajectories(rows)
@@ -66,9 +66,9 @@ def held_out_metrics(rows: Sequence[Trajectory]) -> dict[str, float]:
 
 
 def info_metrics(rows: Sequence[Trajectory], episodes: Episodes) -> dict[str, float]:
-    """Average the numbers in the info of rewards over episodes, as `info/NAME`.
+    """Average each number of `Reward.info` over episodes, as a metric `info/NAME`.
 
-    An episode without a number counts as 0.
+    An episode whose info lacks the number counts as 0.
 
     Args:
         rows: Rows of the episodes.
@@ -93,8 +93,9 @@ def timing_metrics(
         update_seconds: Duration of the update in seconds.
 
     Returns:
-        `rollout_seconds` and `update_seconds` as given; `rollout_tokens_per_second` of all
-        generated tokens, and `update_tokens_per_second` of the trained ones, once per epoch.
+        `rollout_seconds` and `update_seconds` as given; `rollout_tokens_per_second`, which counts
+        all generated tokens; and `update_tokens_per_second`, which counts each trained token once
+        per epoch.
     """
     trained = sum(row.written for row in collected.trajectories)
     return {
@@ -108,7 +109,7 @@ def timing_metrics(
 def standard_error(episodes: Episodes, rows: Sequence[Trajectory]) -> float:
     """Compute the standard error of the success rate, clustered by problem.
 
-    Deviations from the mean are summed over the episodes of a problem before they are squared, as
+    Deviations from the mean are summed over the episodes of a problem before squaring, because
     episodes of one problem are not independent.
 
     Args:
@@ -145,8 +146,8 @@ def learning_metrics(learned: dict[str, Any]) -> dict[str, float]:
         learned: Metrics of `Learner.update`.
 
     Returns:
-        `loss`, `grad_norm` and `learning_rate` as they are, and the mean over tokens of each of the
-        loss's `sums` except `tokens`.
+        `loss`, `grad_norm` and `learning_rate` unchanged, and the mean over trained tokens of each
+        of the loss's `sums` except `tokens`.
 
     Raises:
         ValueError: The loss returns no sum `tokens`.

@@ -10,7 +10,8 @@ Split = Literal["train", "test"]
 
 Source = Literal["direct", "search", "cache", "probe"]
 """Origin of a trajectory: "direct" is a rollout from the prompt, "search" a path of a search tree,
-"cache" a kept solution, and "probe" a rollout that is used for success rates alone."""
+"cache" a solution kept from an earlier visit of the problem, and "probe" a rollout that is used
+for success rates alone."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,9 +19,9 @@ class Problem:
     """A problem for the policy: a prompt, and what a scorer needs.
 
     Attributes:
-        uid: Name of the problem, the same in every run; allocators identify problems by it.
+        uid: Name of the problem, the same in every run; allocators identify problems by this name.
         prompt: Text that the policy is prompted with.
-        answer: Value that only the scorer reads, of any type that JSON has.
+        answer: JSON-serializable value that only the scorer reads.
         kind: Label of the problem for tables and histograms.
     """
 
@@ -56,7 +57,8 @@ class Reward:
         success: Whether the problem was solved. Allocators and success rates use this, never the
             value.
         info: Numbers for the metrics, by name; they are averaged over episodes.
-        error: Traceback of a scorer that raised, or reason of a failed episode; empty if neither.
+        error: Traceback of a scorer that raised, or reason why an episode failed; empty if nothing
+            failed.
         verdict: Verdict as a number where there are more than two verdicts, e.g. 1 for right, 0 for
             abstained and -1 for wrong; None where `success` is the verdict. Dynamic sampling keeps
             the groups in which the verdict varies.
@@ -75,8 +77,8 @@ class Turn:
 
     Attributes:
         state: State after the action.
-        observation: Text that the policy is shown next. After the last turn it is still the final
-            observation, because environments do not reset themselves.
+        observation: Text that the policy is shown next. After the last turn, this is the final
+            observation of the episode, because environments do not reset themselves.
         reward: Reward of this turn.
         terminated: Whether the episode has ended.
         truncated: Whether the episode was stopped early, e.g. at its maximum number of turns.
@@ -106,11 +108,12 @@ class Trajectory:
         group: Index of the problem in its step; advantages compare episodes of one group.
         problem: Problem of the row.
         tokens: Ids of the row, `[L]` int32.
-        trained: Tokens that the policy generated, `[L]` bool; the others are only attended to.
+        trained: Whether the policy generated each token, `[L]` bool; other tokens are only attended
+            to.
         log_probs: Log-probabilities of the generated tokens as the sampler computed them, `[L]`
             float32; 0 elsewhere.
-        decisions: Decisions before each token whether to invoke latent memory, `[L]` int8: -1 if
-            none was made, 0 skipped, 1 invoked; -1 everywhere without latent memory.
+        decisions: Decision before each token whether to invoke latent memory, `[L]` int8: 1 to
+            invoke, 0 to skip, -1 if no decision was made, as always without latent memory.
         begins: Positions of the first token of each response in the row.
         reward: Reward of the row's episode.
         turn_rewards: Rewards of all turns of the row's episode.
@@ -161,8 +164,7 @@ class Collected:
 
     Attributes:
         trajectories: Rows that are trained on.
-        drawn: Rows of all rollouts, including those of groups that are not trained on; without
-            probes.
+        drawn: Rows of all rollouts except probes, including rows of groups that are not trained on.
         groups: Number of problems that were drawn.
         kept: Number of problems that are trained on.
         budget: Metrics of the allocator and of the strategy, by name.
@@ -180,7 +182,7 @@ class Collected:
 
 @dataclasses.dataclass(frozen=True)
 class Episodes:
-    """The `N` episodes that trajectories belong to: an episode is one row, or a row for each turn.
+    """The `N` episodes of trajectories: an episode is one row, or one row for each turn.
 
     Attributes:
         rows: For each episode, the indices of its rows into the trajectories, in order.

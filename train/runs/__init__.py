@@ -1,1 +1,1 @@
-"""The folder of a run: checkpoints, metrics, lock and resuming; and the run's time and memory."""
+"""Run folders: checkpoints, metrics, locking and resuming; measured time and memory of a run."""

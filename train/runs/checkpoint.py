@@ -1,8 +1,8 @@
-"""Checkpoints: written in the background, checked strictly, and readable without a trainer.
+"""Write checkpoints asynchronously, verify them, and read them without a trainer.
 
-A run folder holds one folder per saved step with three items. `params` and `train` are flat maps
-from readable names, such as `blocks/attention/q` or `opt/0/mu/embed`, to arrays, so that no Flax or
-Optax class is needed to read them. `meta` is JSON: the caller's metadata, and shape and dtype of
+A run folder holds one folder per saved step with three items. `params` and `train` are flat
+mappings from readable names, such as `blocks/attention/q` or `opt/0/mu/embed`, to arrays, which can
+be read without Flax or Optax classes. `meta` is JSON: the caller's metadata, and shape and dtype of
 every leaf. A step folder gets its final name only when it is complete, including its checksums.
 This is the only file that imports orbax.
 """
@@ -44,25 +44,26 @@ from train.runs.steps import (
     verify,
 )
 
-_SHOWN = 3  # leaves named in an error line
-_READ_TOGETHER = 2**26  # bytes
+_SHOWN = 3  # maximum number of leaves that an error names
+_READ_TOGETHER = 2**26  # maximum bytes of leaves that are read in one call
 
 
 class Checkpointer:
-    """Writer and reader of a run's checkpoints; every process of the run calls every method.
+    """Writer and reader of a run's checkpoints; every process of the run must call every method.
 
-    Checkpoints are written in the background. The error of an earlier save is raised by the next
-    call or by `close`, as a one-line `CheckpointError`, and leaves older checkpoints as they are.
+    Checkpoints are written in the background. If a save fails, the next call or `close` raises a
+    one-line `CheckpointError`, and older checkpoints stay intact.
 
     Args:
-        directory: Run folder; it is made if it does not exist.
+        directory: Run folder, which is made if it does not exist.
         save_interval: Number of steps between checkpoints. A checkpoint is also due when the
             cluster announces a preemption.
         keep: Number of newest checkpoints that are kept.
-        keep_every: Number of steps whose multiples are never deleted; None for no such steps.
+        keep_every: Interval in steps, at whose multiples checkpoints are kept forever; None for no
+            interval.
 
     Raises:
-        CheckpointError: A number is less than 1, or the folder cannot be used.
+        CheckpointError: An interval or `keep` is less than 1, or the folder cannot be used.
     """
 
     def __init__(
@@ -126,16 +127,16 @@ class Checkpointer:
     def save(
         self, step: int, params: Any, train: Any, meta: Mapping[str, Any], force: bool = False
     ) -> bool:
-        """Start to save a checkpoint if one is due.
+        """Start to save a checkpoint in the background, if a checkpoint is due.
 
-        The call returns as soon as the arrays are copied; after it they may be donated. A step
-        that is already saved is left as it is.
+        The call returns as soon as the arrays are copied, so that the caller may donate them. A
+        step that is already saved is not saved again.
 
         Args:
             step: Number of updates done.
             params: Pytree of arrays (typed PRNG keys included) that `load_params` reads.
-            train: Pytree of the other arrays, which only a resumed run needs.
-            meta: Metadata of the run, which can be written as JSON.
+            train: Pytree of all other arrays, such as optimizer state, which only resuming needs.
+            meta: JSON-serializable metadata of the run.
             force: Whether to save even if no checkpoint is due.
 
         Returns:
@@ -143,7 +144,8 @@ class Checkpointer:
 
         Raises:
             CheckpointError: An earlier save or this one failed; a leaf is not an array or is empty;
-                `meta` is not JSON; or there is a newer checkpoint, from which a run would resume.
+                `meta` is not JSON-serializable; or the folder has a checkpoint of a later step,
+                from which a run would resume.
         """
         if not self._manager.is_saving_in_progress():
             self._wait()
@@ -184,17 +186,17 @@ class Checkpointer:
         """Read a checkpoint into the structure and shardings of abstract trees.
 
         Args:
-            params_abstract: Pytree of `jax.ShapeDtypeStruct` or arrays like the saved `params`; a
-                leaf without a sharding goes to the first device.
-            train_abstract: Pytree of `jax.ShapeDtypeStruct` or arrays like the saved `train`.
+            params_abstract: Pytree of `jax.ShapeDtypeStruct` or arrays with the structure of the
+                saved `params`; a leaf without a sharding is placed on the first local device.
+            train_abstract: Pytree like `params_abstract`, with the structure of the saved `train`.
             step: Step of the checkpoint; None takes the newest.
 
         Returns:
             Step, `params`, `train` and `meta` of the checkpoint.
 
         Raises:
-            CheckpointError: There is no such step; names, shapes or dtypes differ; or the files are
-                damaged.
+            CheckpointError: The step is not saved; names, shapes or dtypes of leaves differ from
+                the checkpoint's; or the files are damaged.
         """
         self._wait()
         step = chosen_step(self._directory, step)
@@ -211,9 +213,10 @@ class Checkpointer:
         return step, restored[0], restored[1], envelope["meta"]
 
     def reached_preemption(self, step: int) -> bool:
-        """Whether to save and stop now, since the cluster announced a preemption to a process.
+        """Return whether to save and stop now, because the cluster announced a preemption.
 
-        It becomes True in all processes at the same step. Without `jax.distributed` it is False.
+        The result becomes True in all processes at the same step. Without `jax.distributed`, the
+        result is always False.
 
         Args:
             step: Number of updates done.
@@ -249,9 +252,9 @@ class Checkpointer:
 
 
 class _SummedHandler(ocp.StandardCheckpointHandler):
-    """Orbax's handler; each process also writes the checksums of the files that it has written."""
+    """Orbax's handler that also makes each process write the checksums of its own files."""
 
-    step_folder: Path  # unfinished, once all processes have written
+    step_folder: Path  # set once all processes have written, before the final rename
 
     async def async_save(self, directory: epath.Path, *args: Any, **kwargs: Any) -> Any:
         process = jax.process_index()
@@ -268,23 +271,23 @@ class _SummedHandler(ocp.StandardCheckpointHandler):
 
 
 class _Manager(ocp.CheckpointManager):
-    """Orbax's manager, with steps counted from the first call of `reached_preemption`.
+    """Orbax's manager that counts steps for preemption from the first `reached_preemption` call.
 
-    If the notice of a preemption came before that call, jax lets the processes agree on step 1.
-    `close` also waits for the thread that deletes the leftovers of a killed save, which otherwise
+    If a preemption is announced before this call, jax lets the processes agree on step 1. `close`
+    also waits for the thread that deletes the leftovers of a killed save; otherwise that thread
     would print a traceback when the process ends.
     """
 
     _first: int | None = None
 
     def close(self) -> None:
-        with contextlib.suppress(Exception):  # what can't be deleted is in nobody's way
+        with contextlib.suppress(Exception):  # leftovers that can't be deleted do no harm
             self._maybe_await_cleanup_tmp_directory()
         super().close()
 
     def reached_preemption(self, step: int) -> bool:
-        # The thread that finishes a save calls it for the saved step, which jax would take for the
-        # step of the run.
+        # Orbax's thread that finishes a save calls this method with the saved step, which jax would
+        # take for the current step of the run.
         if threading.current_thread() is not threading.main_thread():
             return False
         if self._first is None:
@@ -302,8 +305,9 @@ def load_params(
         step: Step of the checkpoint in a run folder; None takes the newest.
 
     Returns:
-        Metadata of the run, and its parameters as a nested dict of NumPy arrays by name. Keys are
-        ints on a level whose names are all digits (list indices), as in `flax.nnx.to_pure_dict`.
+        Metadata of the run, and a nested dict from names to the parameters as NumPy arrays. Keys
+        are ints on a level whose names are all digits (list indices), as in
+        `flax.nnx.to_pure_dict`.
 
     Raises:
         CheckpointError: The folder does not exist, has no checkpoint of this step, or its files
@@ -355,10 +359,10 @@ def _read(
     targets: Mapping[str, jax.ShapeDtypeStruct | None],
     envelope: dict[str, Any],
 ) -> dict[str, Any]:
-    """Read leaves of an item by name, sharded like their targets; NumPy arrays for target None."""
+    """Read an item's leaves by name, sharded like the targets, or in NumPy for a target None."""
     leaves = {}
     for names in _groups(targets):
-        # Where one process has all shards, it reads the leaf at once, which is faster.
+        # A fully addressable leaf is read whole and then placed, which is faster.
         wanted = {name: None if _is_local(targets[name]) else targets[name] for name in names}
         for name, leaf in _read_leaves(folder, item, wanted).items():
             target = targets[name]
@@ -374,14 +378,15 @@ def _is_local(target: jax.ShapeDtypeStruct | None) -> bool:
 
 
 def _groups(targets: Mapping[str, jax.ShapeDtypeStruct | None]) -> Iterator[list[str]]:
-    """Yield the names of leaves that are read in one call, since orbax's calls take milliseconds.
+    """Yield groups of leaf names to read in one call, since a call of orbax takes milliseconds.
 
-    A group is limited in size, because its leaves are on the host and on devices at the same time.
+    Groups are limited in size, because a group's leaves are in RAM and in device memory at the same
+    time.
     """
     group, size = [], 0
     for name, target in targets.items():
         nbytes = 0 if target is None else math.prod(target.shape) * target.dtype.itemsize
-        if not _is_local(target):  # alone, so that the same fails in every process
+        if not _is_local(target):  # alone, so that every process fails at the same leaf
             yield [name]
             continue
         if group and size + nbytes > _READ_TOGETHER:

@@ -1,9 +1,10 @@
-"""Checksums of a checkpoint's files, by pieces, so that damage is reported by array name.
+"""Checksums of a checkpoint's files, one for each piece, so that damaged arrays can be named.
 
 Orbax verifies its indices and manifests (OCDBT nodes end in a CRC-32C), but neither the bytes of
 arrays nor its JSON. So the file `checksums` of a step folder lists the CRC-32 of every piece of
-every file of its items, and the arrays in the piece. It begins with a CRC-32 of the list itself. It
-refers to files and bytes only, so that any mesh and any number of hosts can verify a checkpoint.
+every file of the step's items, and the names of the arrays in the piece. The file begins with a
+CRC-32 of the list itself. The list refers to files and byte ranges only, so that any mesh and any
+number of hosts can verify a checkpoint.
 """
 
 import functools
@@ -21,12 +22,12 @@ import tensorstore
 from train.runs.files import check_regular
 
 NAME = "checksums"
-_PART = "checksums-of-process-"  # until the step is committed, beside what the process wrote
-_FOLDED = 2**16  # bytes that a long piece is folded to, twice
+_PART = "checksums-of-process-"  # prefix of each process's file until the step is committed
+_FOLDED = 2**16  # bytes of each of the two vectors that a long piece is folded to
 _BUFFER = 16 * _FOLDED
 _SHOWN = 3
 
-# Offset, number of bytes, checksum, names of arrays.
+# Offset in the file, number of bytes, checksum, names of the arrays in the piece.
 Piece = tuple[int, int, int, list[str]]
 
 
@@ -39,7 +40,7 @@ class NoChecksumsError(DamagedFileError):
 
 
 def write_part(item: Path, process: int) -> None:
-    """Write a part of the checksums: those of the files that one process has written for an item.
+    """Write the checksums of the files that one process has written for an item.
 
     Args:
         item: Folder of the item.
@@ -53,7 +54,8 @@ def write_part(item: Path, process: int) -> None:
 def write(folder: Path) -> None:
     """Write the file of checksums of a step folder.
 
-    Parts that `write_part` left are merged into it and deleted; all other files are read.
+    The files that `write_part` wrote are merged into the file of checksums and deleted; checksums
+    of all other files are computed.
 
     Args:
         folder: Step folder, with one folder for each item.
@@ -78,17 +80,17 @@ def write(folder: Path) -> None:
 
 
 def verify(folder: Path, items: Iterable[str], share: int = 0, shares: int = 1) -> None:
-    """Compare the files of items with their checksums.
+    """Verify the files of a checkpoint's items against their checksums.
 
     Args:
         folder: Step folder.
-        items: Names of the items whose files are read.
-        share: Index of the part of the files that is compared, such as that of this process.
+        items: Names of the items whose files are verified.
+        share: Index of the part of the files to verify, such as the index of this process.
         shares: Number of parts that the files are divided into, such as the number of processes.
 
     Raises:
         DamagedFileError: A file differs or is missing, or there are no checksums.
-        OSError: The file system refuses to read a file that is there.
+        OSError: The file system fails to read a file that exists.
     """
     found = _read(folder)
     names: list[str] = []
@@ -141,8 +143,8 @@ def _of(arrays: list[str]) -> str:
 def _checksum(stream: BufferedReader, size: int) -> int:
     """Compute the CRC-32 of the next `size` bytes of a file; a long piece is first folded.
 
-    A piece is folded to Fletcher's checksum, as in ZFS, over 64 KiB vectors of 64-bit words: the
-    sum of all vectors and the sum of all partial sums. That is twice as fast as a CRC of the piece.
+    A long piece is folded to Fletcher's checksum, as in ZFS, over 64 KiB vectors of 64-bit words:
+    the sum of all vectors and the sum of all partial sums. Folding is twice as fast as a CRC.
     """
     if size <= _BUFFER:
         return zlib.crc32(stream.read(size))
@@ -164,7 +166,7 @@ def _checksum(stream: BufferedReader, size: int) -> int:
 
 
 def _pieces_of_files(item: Path, files: Iterable[Path]) -> dict[str, list[Piece]]:
-    """Compute the pieces of files, by the name of the file relative to the item's folder."""
+    """Compute the pieces of each file, keyed by the file's path relative to the item's folder."""
     names = {path: str(path.relative_to(item)) for path in files}
     arrays: dict[str, dict[tuple[int, int], list[str]]] = {}
     for path in names:
@@ -184,10 +186,10 @@ def _pieces_of_files(item: Path, files: Iterable[Path]) -> dict[str, list[Piece]
 def _bounds(
     ranges: dict[tuple[int, int], list[str]], size: int
 ) -> list[tuple[int, int, list[str]]]:
-    """Divide a file into consecutive ranges: those of arrays, and the gaps between them.
+    """Divide a file into consecutive byte ranges: ranges of arrays, and gaps between arrays.
 
     Returns:
-        Triples of first byte, byte after the last, and names of the arrays in the range.
+        Triples of the first byte, the byte after the last, and names of the arrays in the range.
     """
     bounds: list[tuple[int, int, list[str]]] = []
     at = 0
@@ -205,7 +207,7 @@ def _bounds(
 def _collect(
     database: Path, item: Path, arrays: dict[str, dict[tuple[int, int], list[str]]]
 ) -> None:
-    """Add the byte ranges of files that an OCDBT database refers to, with the arrays in them."""
+    """Add to `arrays` the byte ranges that an OCDBT database refers to, with their array names."""
     base = tensorstore.KvStore.open({"driver": "file", "path": f"{database}/"}).result()
     dump = functools.partial(tensorstore.ocdbt.dump, base)
 

@@ -1,4 +1,4 @@
-"""The item `meta` of a checkpoint: version, the caller's metadata, and the form of every leaf."""
+"""The item `meta` of a checkpoint: version, the caller's metadata, shape and dtype of leaves."""
 
 import json
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ from train.runs.files import check_regular
 from train.runs.leaves import CheckpointError, forms, key_impls
 
 FORMAT = 1
-"""Version of the checkpoint format; it is raised when an older reader would misread a newer one."""
+"""Version of the checkpoint format, raised when older code would misread newer checkpoints."""
 
 ITEMS = ("params", "train")
 _PARTS = ("meta", "leaves", "keys")
@@ -19,11 +19,11 @@ _PARTS = ("meta", "leaves", "keys")
 def make_envelope(
     meta: Mapping[str, Any], trees: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, Any]:
-    """Build the JSON of the item `meta`.
+    """Build the content of a checkpoint's item `meta`, called the envelope, as JSON values.
 
     Args:
         meta: Metadata of the caller.
-        trees: Leaves of each item by name, under the name of the item.
+        trees: Mapping from the name of an item to its leaves, a mapping from names to arrays.
 
     Returns:
         Dict of `format` (version), `meta`, `leaves` (shape and dtype of each leaf of each item)
@@ -38,7 +38,7 @@ def make_envelope(
 
 
 def read_envelope(folder: Path) -> dict[str, Any]:
-    """Read the envelope of a checkpoint, which `make_envelope` built, from its step folder.
+    """Read and check the envelope of a checkpoint, as `make_envelope` built it.
 
     Args:
         folder: Step folder.
@@ -56,7 +56,7 @@ def read_envelope(folder: Path) -> dict[str, Any]:
     envelope = json.loads(file.read_text(encoding="utf-8"))
     if not isinstance(envelope, dict):
         raise ValueError("it is no object")
-    version = envelope.get("format", 0)  # of before there were versions, laid out as 1 is
+    version = envelope.get("format", 0)  # older than versions, with the layout of 1
     if type(version) is not int:
         raise ValueError(f"format={version!r:.60} is no version")
     if version > FORMAT:

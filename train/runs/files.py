@@ -1,4 +1,4 @@
-"""Atomic writes of files, checks of paths before work begins, and short reasons of errors."""
+"""Write files atomically, check output paths before work begins, and shorten error messages."""
 
 import errno
 import os
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write a file atomically: after a kill or on a full disk it has the old or the new content.
+    """Write a file atomically: a crash or a full disk leaves either the old or the new content.
 
     Args:
         path: File to write, in a folder that exists.
@@ -23,7 +23,7 @@ def write_atomically(path: Path, content: str | bytes) -> None:
             stream.write(data)
             stream.flush()
             os.fsync(stream.fileno())  # else a power cut may leave the new name without content
-        os.chmod(unfinished, 0o644)  # a temporary file is private
+        os.chmod(unfinished, 0o644)  # mkstemp makes the file private
         os.replace(unfinished, path)
     except BaseException:
         os.unlink(unfinished)
@@ -31,7 +31,7 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 
 
 def reason_of(error: BaseException) -> str:
-    """Return the operating system's message in an error, else the error's first line, shortened."""
+    """Shorten an error to the operating system's message in it, or else to its first line."""
     text = str(error)
     for code in errno.errorcode:
         if os.strerror(code) in text:
@@ -41,13 +41,17 @@ def reason_of(error: BaseException) -> str:
 
 
 def check_regular(path: Path) -> None:
-    """Raise a ValueError for a pipe or a device, from which a read may never return."""
+    """Raise a ValueError if the path is a pipe or a device, from which reading may block forever.
+
+    Args:
+        path: Path to check, which need not exist.
+    """
     if path.exists() and not (path.is_file() or path.is_dir()):
         raise ValueError(f"{path} is no regular file: remove it, or copy the folder again")
 
 
 def check_new_file(path: Path) -> None:
-    """Check before the work begins that its output file can be made.
+    """Check that an output file does not exist yet and can be created, before the work begins.
 
     Args:
         path: File to write; its folder need not exist yet.

@@ -1,4 +1,4 @@
-"""Time and memory of a run: step times, wait for data, MFU, memory, and profiler traces."""
+"""Measure the time and memory of a run: step times, data wait, MFU, memory, profiler traces."""
 
 import contextlib
 import re
@@ -17,17 +17,17 @@ from train.devices.hardware import GIB, chip_of
 
 
 class Stopwatch:
-    """Times of completed steps, by a monotonic clock.
+    """Timer of completed training steps, which reports throughput, MFU and goodput.
 
-    The time of a step runs from the completion of the previous step to the completion of the step
-    itself, whenever it was dispatched. The first step, which compiles, is not timed. A pause for an
-    evaluation or a checkpoint (`resume`) counts for no step.
+    The time of a step runs from the completion of the previous step to its own completion,
+    regardless of when the step was dispatched. The first step, which compiles, is not timed. A
+    pause for an evaluation or a checkpoint, which `resume` ends, counts for no step.
 
     Args:
         tokens: Number of tokens of a step.
         flops: Number of FLOPs of a step on the whole mesh (`RunConfig.step_flops`).
         peak_flops: Peak FLOP/s of the whole mesh (`peak_flops`); None if unknown.
-        start_time: Time by `clock` at which the process began, for goodput; None takes now.
+        start_time: Reading of `clock` at which the process began, for goodput; None takes now.
         window: Number of newest steps that rates and percentiles are computed over.
         clock: Function that returns the time in seconds.
     """
@@ -46,12 +46,12 @@ class Stopwatch:
         self._last: float | None = None
         self._in_steps = 0.0
         self._waited = 0.0  # for data, since the last completed step
-        # Seconds, of which the host waited for data, and the share of a whole step's tokens.
+        # Seconds of a step, seconds of the wait for data, and the share of a whole step's tokens.
         self._steps: deque[tuple[float, float, float]] = deque(maxlen=window)
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
-        """Measure the time inside the context as the host's wait for its next batch."""
+        """Return a context manager that counts the time inside as the wait for the next batch."""
         start = self._clock()
         yield
         self._waited += self._clock() - start
@@ -69,7 +69,7 @@ class Stopwatch:
         self._last, self._waited = now, 0.0
 
     def resume(self) -> None:
-        """Leave a pause out of the next step's time; call it at the end of the pause.
+        """Exclude a pause from the next step's time; call this method at the end of the pause.
 
         All dispatched steps must have been completed before the pause.
         """
@@ -88,12 +88,12 @@ class Stopwatch:
         """Compute rates and percentiles over the window.
 
         Returns:
-            Values by name: `tokens_per_second`; `step_seconds` (median), `step_seconds_p90` and
-            `step_seconds_p99`; `data_wait`, the fraction of step time in which the host waited for
-            a batch; `goodput`, the fraction of the process's time since its start in completed
-            steps (the rest is start, compilation, evaluation and checkpoints); and, if the peak is
-            known, `mfu`, the median of a step's model FLOP/s divided by the peak. The dict is empty
-            before the second step.
+            Mapping from names to values: `tokens_per_second`; `step_seconds` (median),
+            `step_seconds_p90` and `step_seconds_p99`; `data_wait`, the fraction of step time in
+            which the host waited for a batch; `goodput`, the fraction of the time since the
+            process's start that completed steps took, in contrast to startup, compilation,
+            evaluation and checkpoints; and, if the peak is known, `mfu`, the median of a step's
+            model FLOP/s divided by the peak. The mapping is empty before the second step.
         """
         if self.tokens_per_second is None:
             return {}
@@ -126,12 +126,12 @@ class Stopwatch:
 
 
 def peak_flops(mesh: Mesh, tflops_per_device: float | None = None) -> float | None:
-    """Return the peak bfloat16 FLOP/s of all devices of a mesh; None if their chip is not known.
+    """Return the peak bfloat16 FLOP/s of all devices of a mesh; None if the chip is not known.
 
     Args:
         mesh: Mesh of the run.
-        tflops_per_device: Peak of one device in 10^12 FLOP/s; None looks it up by the kind of the
-            device (`train.devices.hardware`), which has no entry for CPUs.
+        tflops_per_device: Peak of one device in 10^12 FLOP/s; None looks the peak up by the kind of
+            the device in `train.devices.hardware`, which has no entry for CPUs.
     """
     if tflops_per_device is not None:
         return tflops_per_device * 1e12 * mesh.size
@@ -143,9 +143,9 @@ def memory() -> dict[str, float]:
     """Measure the memory of this process in GiB.
 
     Returns:
-        Values by name: `memory/host_peak_gib`; `memory/device_in_use_gib` and
-        `memory/device_peak_gib`, maxima over this process's devices, which are left out for devices
-        without memory statistics (CPUs).
+        Mapping from metric names to GiB: `memory/host_peak_gib`; `memory/device_in_use_gib` and
+        `memory/device_peak_gib`, maxima over this process's devices. The last two metrics are left
+        out for devices without memory statistics (CPUs).
     """
     unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, in bytes
     report = {
@@ -166,7 +166,7 @@ class Profiler:
         folder: Folder of the trace.
 
     Raises:
-        ValueError: The window has another form, or its steps are not 1 or more and ascending.
+        ValueError: The window has another form, or its steps are below 1 or in decreasing order.
     """
 
     def __init__(self, window: str, folder: Path):
@@ -182,7 +182,13 @@ class Profiler:
 
     @contextlib.contextmanager
     def step(self, number: int) -> Iterator[None]:
-        """Annotate the dispatch of a step in the trace, and start the trace with the window."""
+        """Return a context manager that annotates a step's dispatch in the trace.
+
+        The trace is started at the first step inside of the window.
+
+        Args:
+            number: Number of the step, from 1.
+        """
         if not self._on and self._first <= number <= self._last:
             jax.profiler.start_trace(self._folder)
             self._on = True
@@ -190,18 +196,18 @@ class Profiler:
             yield
 
     def ends_with(self, number: int) -> bool:
-        """Whether a trace is being recorded whose last step is `number` or earlier."""
+        """Return whether a trace is being recorded, and its last step is `number` or earlier."""
         return self._on and number >= self._last
 
     def stop(self) -> None:
-        """Write the trace if one is being recorded; call it when the window's last step is done."""
+        """End a trace that is being recorded, and write it, once the window's last step is done."""
         if self._on:
             self._on = False
             jax.profiler.stop_trace()
 
 
 def not_recorded(window: str, start: int, steps: int) -> str | None:
-    """Return a line for the user if a resumed run is past steps of its profiler window, else None.
+    """Return a notice if a resumed run has already passed steps of its profiler window, else None.
 
     Args:
         window: First and last step of the window, as in `Profiler`.
@@ -220,7 +226,7 @@ def parse_window(text: str) -> tuple[int, int]:
     """Parse "10:20" or "steps=10:20" as first and last step; "" is the empty window (0, -1).
 
     Raises:
-        ValueError: The text has another form, or its steps are not 1 or more and ascending.
+        ValueError: The text has another form, or its steps are below 1 or in decreasing order.
     """
     if not text:
         return 0, -1

@@ -1,4 +1,4 @@
-"""Flat dicts of a pytree's leaves by readable names, as checkpoints store them."""
+"""Flatten pytrees to dicts from readable names to leaves, the form that checkpoints store."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,17 +10,18 @@ from flax import traverse_util
 
 
 class CheckpointError(ValueError):
-    """A checkpoint cannot be written or read, or does not fit the given trees; one-line message."""
+    """Raised if a checkpoint can't be written or read, or differs from a tree; one-line message."""
 
 
 def flatten(tree: Any) -> dict[str, Any]:
-    """Flatten a tree into a dict of its leaves by name, in the tree's order.
+    """Flatten a pytree into a dict from names to leaves, in the tree's order.
 
     Args:
-        tree: Tree of arrays, real or abstract.
+        tree: Pytree of arrays, real or abstract.
 
     Returns:
-        Leaves by name, the path in the tree joined by slashes, such as `blocks/attention/q`.
+        Mapping from names to leaves. A name is the path of the leaf in the tree, joined by slashes,
+        such as `blocks/attention/q`.
 
     Raises:
         CheckpointError: A leaf is not an array or is empty, or two leaves have the same name.
@@ -45,7 +46,13 @@ def flatten(tree: Any) -> dict[str, Any]:
 
 
 def nested(leaves: Mapping[str, Any]) -> dict[Any, Any]:
-    """Nest named leaves at the slashes; keys are ints on a level whose names are all digits."""
+    """Convert a flat dict of leaves to a nested dict by splitting names at the slashes.
+
+    Keys are ints on a level whose names are all digits, such as the indices of a list.
+
+    Args:
+        leaves: Mapping from names to leaves, as `flatten` returns it.
+    """
 
     def with_indices(node: Any) -> Any:
         if not isinstance(node, dict):
@@ -74,11 +81,11 @@ def _is_key(leaf: Any) -> bool:
 
 
 def key_impls(leaves: Mapping[str, Any]) -> dict[str, str]:
-    """Return the names of the implementations of all leaves that are PRNG keys, by leaf name."""
+    """Return a mapping from the name of each leaf that is a PRNG key to its implementation."""
     impls = {}
     for name, leaf in leaves.items():
         if _is_key(leaf):
-            # Inside a trace this also works for an abstract key.
+            # Inside of eval_shape, key_impl also works for an abstract key.
             jax.eval_shape(
                 lambda key, name=name: impls.update({name: str(jax.random.key_impl(key))}),
                 jax.ShapeDtypeStruct(leaf.shape, leaf.dtype),
@@ -87,7 +94,7 @@ def key_impls(leaves: Mapping[str, Any]) -> dict[str, str]:
 
 
 def stored(leaves: Mapping[str, Any]) -> dict[str, Any]:
-    """Replace PRNG keys by their uint32 data, as they are written."""
+    """Replace PRNG keys with their uint32 key data, as checkpoints store keys."""
     return {n: jax.random.key_data(leaf) if _is_key(leaf) else leaf for n, leaf in leaves.items()}
 
 

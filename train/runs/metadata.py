@@ -1,4 +1,4 @@
-"""Read the metadata of a run's checkpoint, and check the types of their fields."""
+"""Read the metadata of a run's checkpoint, and check the types of the metadata's fields."""
 
 import os
 import platform
@@ -28,11 +28,11 @@ def load_run_meta(path: str | os.PathLike[str]) -> dict[str, Any] | None:
 
 
 def checked_meta(meta: dict[str, Any], path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Check the fields of a run's metadata, and return the metadata as they are.
+    """Check the fields of a run's metadata, and return the metadata unchanged.
 
     Args:
         meta: Metadata as read from the checkpoint.
-        path: Run folder, for messages.
+        path: Run folder, for error messages.
 
     Raises:
         ValueError: A field is missing or has another type.
@@ -65,14 +65,14 @@ _STDLIB = re.compile(r"(?<![\w/.~-])stdlib(?![\w/.-])")
 
 
 def rows_of_other_python(meta: Mapping[str, Any] | None) -> dict[str, str]:
-    """Find prepared rows of a run whose text is the standard library of another Python version.
+    """Find the prepared rows of a run that were made from another Python's standard library.
 
     Args:
         meta: Metadata of the run's checkpoint; None if there is none.
 
     Returns:
-        Fingerprints of these rows, by the corpus, or by the names of a mixture's sources. Empty if
-        the run was trained under this Python version.
+        Mapping from the corpus, or from the names of a mixture's sources, to the fingerprints of
+        these rows. Empty if the run was trained under this Python version.
     """
     if meta is None or meta.get("python") == platform.python_version():
         return {}
@@ -85,9 +85,9 @@ def rows_of_other_python(meta: Mapping[str, Any] | None) -> dict[str, str]:
 
 
 def why_other_data(meta: Mapping[str, Any]) -> str:
-    """Explain, for an error message, that a run's corpus may be another one under this Python.
+    """Return a hint, for an error message, that a run's corpus depends on the Python version.
 
-    That is so for a corpus with Python's standard library, if the run used another version.
+    The corpus differs if it contains Python's standard library and the run used another version.
 
     Args:
         meta: Metadata of the run's checkpoint.

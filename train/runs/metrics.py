@@ -1,4 +1,4 @@
-"""Metrics of a run: a JSON Lines file, TensorBoard, a progress bar."""
+"""Write the metrics of a run to a JSON Lines file, TensorBoard and a progress bar."""
 
 import json
 import math
@@ -20,23 +20,24 @@ _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
 class MetricsError(ValueError):
-    """Metrics cannot be written or read; a one-line message."""
+    """Raised with a one-line message if metrics cannot be written or read."""
 
 
 class MetricWriter:
     """Writer of metrics to `directory/metrics.jsonl` and TensorBoard (`directory/tensorboard`).
 
     A line is one JSON object `{"step": 7, "time": seconds since 1970, name: value, ...}`. A value
-    is a number, a bool or a list of them. NaN and the infinities, which JSON lacks, are written as
-    the strings "NaN", "Infinity" and "-Infinity"; `read_metrics` turns them back into floats. Each
-    line is handed to the operating system at once, so that killing the process loses none.
+    is a number, a bool or a flat list of numbers or bools. NaN and the infinities, which JSON
+    lacks, are written as the strings "NaN", "Infinity" and "-Infinity"; `read_metrics` turns these
+    strings back into floats. Each line is handed to the operating system immediately, so that no
+    line is lost if the process is killed.
 
     Args:
-        directory: Run folder; it is made if it does not exist.
+        directory: Run folder, which is made if it does not exist.
         resume_step: Step of the checkpoint that the run resumes from, 0 for a new run. Lines of
-            later steps are dropped, so that the file ends up as that of an uninterrupted run,
-            provided that the line of a step is written before its checkpoint. None keeps all lines.
-            A last line that a killed process wrote only in part is dropped in both cases.
+            later steps are dropped, so that the file gets the same lines as in an uninterrupted
+            run, provided that a step's line is written before its checkpoint. None keeps all lines.
+            An incomplete last line, which a killed process leaves, is always dropped.
         enabled: Whether this process writes; only one process of a run may.
 
     Raises:
@@ -81,7 +82,7 @@ class MetricWriter:
             step: Number of updates done.
             values: Scalars and vectors by name (Python, NumPy or jax); TensorBoard shows a vector
                 as the scalars name/0, name/1, ...
-            histograms: Samples of any shape by name, for TensorBoard only; those that are not
+            histograms: Samples of any shape by name, for TensorBoard only; samples that are not
                 finite are left out.
 
         Raises:
@@ -135,11 +136,13 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
 
 class Progress:
-    """Display of loss, tokens per second and time left: a bar on a terminal, else regular lines.
+    """Display of training progress: a progress bar on a terminal, else lines at intervals.
+
+    The display shows the loss, tokens per second and the remaining time.
 
     Args:
         total: Number of steps of the whole run.
-        start: Number of steps that were done before this process.
+        start: Number of steps that were done before this process began.
         every: Minimum number of seconds between lines if the stream is not a terminal.
         enabled: Whether this process prints; only one process of a run should.
         stream: Text stream that is printed to; None takes standard error.
@@ -175,7 +178,7 @@ class Progress:
     def update(
         self, step: int, loss: float, tokens_per_second: float | None, note: str = ""
     ) -> None:
-        """Show the state of the run.
+        """Show the step, loss and speed of the run.
 
         Args:
             step: Number of updates done.
@@ -207,7 +210,11 @@ class Progress:
         self.write(f"step {step}/{self._total}: loss {loss:.4f}{rate}{note}{left}")
 
     def write(self, text: str) -> None:
-        """Print a line without breaking the bar."""
+        """Print a line above the progress bar, or as an ordinary line if no bar is shown.
+
+        Args:
+            text: Line to print.
+        """
         if self._enabled:
             tqdm.write(text, file=self._stream)
             self._stream.flush()
@@ -222,7 +229,7 @@ class _Events:
     """Writer of one TensorBoard event file, in the calling thread.
 
     `tensorboardX.SummaryWriter` writes in a second thread. Once a full disk has ended that thread,
-    the writer never returns from its wait for it.
+    `SummaryWriter` waits for the thread forever.
     """
 
     def __init__(self, directory: Path, resume_step: int | None):
@@ -240,7 +247,7 @@ class _Events:
         powers = 1e-12 * 1.1 ** np.arange(774)
         self._edges = np.concatenate([-powers[::-1], [0.0], powers]).tolist()
         if resume_step is not None:
-            # Hides what an earlier writer has for this step and later ones.
+            # Makes TensorBoard hide earlier writers' events of this step and of later steps.
             self._event(resume_step + 1, session_log={"status": "START"})
 
     def _event(self, step: int, **content: Any) -> None:
@@ -267,7 +274,7 @@ class _Events:
 
 
 def _plain(name: str, value: Any) -> Any:
-    """Convert a scalar or vector to a Python number, bool or flat list of them."""
+    """Convert a scalar or vector to a number or bool of Python, or to a flat list."""
     array = np.asarray(value)
     if array.ndim > 1:
         raise MetricsError(
@@ -302,7 +309,7 @@ def _decode(values: Any) -> Any:
 
 
 def _lines(file: Path) -> list[tuple[bytes, dict[str, Any]]]:
-    """Return the bytes and the object of every complete line; a half-written last one is skipped.
+    """Return the bytes and the JSON object of every line, except of a half-written last line.
 
     Raises:
         MetricsError: A complete line is not a JSON object with a step.

@@ -10,14 +10,14 @@ from typing import Any
 class QuietOrbax:
     """Context manager inside of which orbax prints nothing about a failed save.
 
-    Several contexts may be open at once, and close in any order. The first one to open sets the
-    process's hooks (filters of two loggers, `sys.unraisablehook`), and the last one to close
-    restores them.
+    Several contexts may be open at once, and close in any order. The first context to open sets the
+    process's hooks (filters of two loggers, `sys.unraisablehook`), and the last context to close
+    restores the earlier hooks.
     """
 
     _lock = threading.Lock()
     _open = 0
-    _hook: Any = None  # of the process, before ours
+    _hook: Any = None  # the process's hook before the first context
 
     def __init__(self) -> None:
         self._stays = False
@@ -45,10 +45,10 @@ class QuietOrbax:
                     sys.unraisablehook = cls._hook
 
     def stay(self) -> None:
-        """Keep the hooks until the process ends, since a failed save prints after its context.
+        """Keep the hooks until the process ends, since a failed save prints even after the context.
 
-        Its threads go on to log errors, and its coroutines that never started raise warnings when
-        they are garbage-collected.
+        Threads of the failed save go on to log errors, and coroutines that never started cause
+        warnings when they are garbage-collected.
         """
         self._stays = True
         warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
@@ -59,11 +59,11 @@ def _not_logged_by_orbax(record: logging.LogRecord) -> bool:
 
 
 def _not_a_task_of_orbax(record: logging.LogRecord) -> bool:
-    """Whether an asyncio message does not name orbax, as those of its abandoned writes do."""
+    """Return False for an asyncio message about orbax, such as about an abandoned write."""
     return "orbax" not in record.getMessage()
 
 
 def _without_closed_loops(unraisable: Any) -> None:
-    """Call the earlier hook, except for writes whose event loop the failed save has closed."""
+    """Call the earlier hook, except for errors that a failed save's closed event loop causes."""
     if str(unraisable.exc_value) != "Event loop is closed":
         QuietOrbax._hook(unraisable)

@@ -1,7 +1,7 @@
-"""Rules for continuing a run: which config fields must be equal, and which may change.
+"""Rules for resuming a run: which config fields must stay equal, and which may change.
 
-A field must be equal unless its metadata say otherwise, as in `field(default=3, metadata=FREE)`.
-So a change of an option that somebody adds later can't go unnoticed.
+A field must stay equal unless its metadata say otherwise, as in `field(default=3, metadata=FREE)`.
+So no change of an option goes unnoticed because its rule was forgotten.
 """
 
 import dataclasses
@@ -13,27 +13,31 @@ from thoughtbubbles.fields import shown
 from train.cli.config_json import as_json, model_from_json
 
 FREE: Mapping[str, Any] = MappingProxyType({"resume": "free"})
-"""Metadata of a field that may change freely, because it does not affect what is computed."""
+"""Metadata of a config field that may change freely, since it does not affect the computation."""
 
 NOTED: Mapping[str, Any] = MappingProxyType({"resume": "noted"})
-"""Metadata of a field that may change, with a notice: `steps` changes the schedule, the others the
-order of float additions."""
+"""Metadata of a config field that may change with a notice: a change of `steps` changes the
+schedule, a change of any other such field only changes the order of float additions."""
 
 
 def free_inside(*names: str) -> Mapping[str, Any]:
-    """Make metadata for a field that is itself a config, whose fields `names` may change."""
+    """Make the metadata of a field that holds a nested config, whose fields `names` may change.
+
+    Args:
+        names: Names of the nested config's fields that may change when a run is resumed.
+    """
     return MappingProxyType({"resume": "fixed", "free": names})
 
 
 def differences(saved: dict[str, Any], config: Any) -> list[str]:
-    """List the fields whose changes forbid to continue a run.
+    """List the changed config fields that prevent a run from being resumed.
 
     Args:
         saved: Config of a checkpoint, as `as_json` wrote it.
-        config: Config of the run that would continue from the checkpoint.
+        config: Config dataclass of the run that would resume from the checkpoint.
 
     Returns:
-        Lines `name: saved x, now y`; empty if the run may be continued.
+        Lines `name: saved x, now y`; empty if the run may be resumed.
     """
     rules = {field.name: field.metadata for field in dataclasses.fields(config)}
     current = as_json(config)
@@ -48,12 +52,12 @@ def differences(saved: dict[str, Any], config: Any) -> list[str]:
 
 
 def noted_changes(saved: dict[str, Any], current: dict[str, Any], config: Any) -> list[str]:
-    """List the changes of `NOTED` fields, which are allowed but affect the continued run.
+    """List the changes of `NOTED` fields, which are allowed but affect the resumed run.
 
     Args:
-        saved, current: Metadata of a checkpoint and of the run that continues from it, each with
-            `config`, and with the actual mesh sizes and attention under `resolved`.
-        config: Config of the run that continues.
+        saved, current: Metadata of a checkpoint and of the run that resumes from the checkpoint,
+            each with `config`, and with the actual mesh sizes and attention under `resolved`.
+        config: Config dataclass of the run that resumes.
 
     Returns:
         Lines `name: saved x, now y`.
@@ -67,7 +71,7 @@ def noted_changes(saved: dict[str, Any], current: dict[str, Any], config: Any) -
 def _comparable(model: dict[str, Any]) -> dict[str, Any]:
     """Normalise a model's config for comparison, without the fields that may change.
 
-    It is read and written again, so that 2 and 2.0 do not count as different.
+    The config is parsed and written again, so that 2 and 2.0 do not count as different.
     """
     config = model_from_json(model)
     fields = as_json(config)

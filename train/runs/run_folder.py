@@ -1,4 +1,4 @@
-"""The folder of a run: its lock, checks before a run is resumed, and evidence of a failure."""
+"""Lock a run folder, check it before a run is resumed, and save evidence of a failed step."""
 
 import contextlib
 import fcntl
@@ -19,7 +19,7 @@ from train.runs.resume import differences
 
 _LOCK, _OTHERS = ".lock", ".lock-others"
 NETWORK_DISK = 90.0
-"""Seconds within which every host is expected to see a new file on a shared disk."""
+"""Maximum number of seconds until every host sees a new file on a shared disk."""
 
 
 def check_continuation(out: Path, saved: dict[str, Any] | None, config: Any) -> None:
@@ -28,7 +28,7 @@ def check_continuation(out: Path, saved: dict[str, Any] | None, config: Any) -> 
     Args:
         out: Run folder.
         saved: Metadata of the folder's newest checkpoint; None if there is none.
-        config: Config of the run that is to resume.
+        config: Config dataclass of the run that is to resume.
     """
     try:
         found = differences(saved["config"], config) if saved else []
@@ -43,7 +43,7 @@ def check_continuation(out: Path, saved: dict[str, Any] | None, config: Any) -> 
 
 
 def check_data(out: Path, saved: dict[str, Any] | None, fingerprint: str) -> None:
-    """Raise a ValueError if a run folder holds a run on other data.
+    """Raise a ValueError if a run folder holds a run that was trained on other data.
 
     Args:
         out: Run folder.
@@ -58,12 +58,12 @@ def check_data(out: Path, saved: dict[str, Any] | None, fingerprint: str) -> Non
 
 
 def check_base(out: Path, saved: dict[str, Any] | None, meta: Mapping[str, Any]) -> None:
-    """Raise a ValueError if a run folder holds a run with other frozen weights.
+    """Raise a ValueError if a run folder holds a run with other frozen parameters.
 
     Args:
         out: Run folder.
         saved: Metadata of the folder's newest checkpoint; None if there is none.
-        meta: Metadata of the run that is to resume, with the weights' checksum under `base`.
+        meta: Metadata of the run that is to resume, with the parameters' checksum under `base`.
     """
     if saved and saved.get("base") != meta.get("base"):
         raise ValueError(
@@ -74,14 +74,15 @@ def check_base(out: Path, saved: dict[str, Any] | None, meta: Mapping[str, Any])
 
 @contextlib.contextmanager
 def run_lock(out: Path) -> Iterator[None]:
-    """Lock the run folder inside the context against a second run, which would overwrite its files.
+    """Return a context manager that locks a run folder against a second run.
 
-    Every process of the run must enter it. Process 0 locks one file for the whole run. The other
-    processes share the lock of a second file. So a new run is also refused while a process of an
-    earlier run, whose process 0 has ended, is still alive.
+    A second run would overwrite the files of the first. Every process of the run must enter the
+    context. Process 0 locks one file for the whole run, and the other processes share the lock of a
+    second file. So a new run is also refused if process 0 of an earlier run has ended while another
+    process of that run is still alive.
 
     Args:
-        out: Run folder; it is made if it does not exist.
+        out: Run folder, which is made if it does not exist.
 
     Raises:
         ValueError: Another run has locked the folder, or the processes see different folders. All
@@ -115,7 +116,7 @@ def _first(out: Path, token: str) -> Iterator[None]:
             f"a process of an earlier run in {out} is still there, though its process 0 is not: "
             "end it, or wait until it notices (distributed.heartbeat seconds)"
         )
-        # From here on only processes of this run can lock it.
+        # From here on, only processes of this run can lock the second file.
         with _locked(out / _OTHERS, fcntl.LOCK_EX, left):
             pass
         lock.truncate(0)
@@ -165,8 +166,8 @@ def save_evidence(
     Args:
         out: Run folder.
         step: Number of the step.
-        batch: Rows of the batch that this process read: "tokens" and "rows".
-        metrics: Metrics of the step.
+        batch: Local rows of the batch, which this process has read: arrays "tokens" and "rows".
+        metrics: Metrics that the train step returned.
 
     Returns:
         Error message for the user, which names the folder of the saved files.

@@ -14,13 +14,19 @@ _Content = TypeVar("_Content")
 
 
 def saved_steps(directory: Path) -> list[int]:
-    """Return the steps of all complete checkpoints, ascending; unfinished ones have other names."""
+    """Return the steps of all complete checkpoints, in increasing order.
+
+    A folder of an incomplete checkpoint is not named after its step.
+
+    Args:
+        directory: Run folder.
+    """
     names = [path.name for path in directory.iterdir() if path.is_dir()]
     return sorted(int(name) for name in names if re.fullmatch(r"0|[1-9][0-9]*", name))
 
 
 def chosen_step(directory: Path, step: int | None) -> int:
-    """Return `step`, or the newest step if it is None; raise a CheckpointError if it is missing."""
+    """Return `step`, or the newest saved step for None; raise a CheckpointError if not saved."""
     if not directory.is_dir():
         raise CheckpointError(f"{directory} does not exist: pass the folder of a run")
     steps = saved_steps(directory)
@@ -38,7 +44,7 @@ def chosen_step(directory: Path, step: int | None) -> int:
 def read_step(directory: Path, step: int | None, read: Callable[[Path], _Content]) -> _Content:
     """Read a step folder, even while a run that is still training deletes old steps.
 
-    If the newest step was wanted and another one is newest once reading has failed, that one is
+    If reading the newest step fails, and another step has become the newest meanwhile, that step is
     read instead.
 
     Args:
@@ -69,11 +75,11 @@ def read_step(directory: Path, step: int | None, read: Callable[[Path], _Content
 
 
 def verify(folder: Path, items: tuple[str, ...], share: int = 0, shares: int = 1) -> None:
-    """Compare the files of a checkpoint's items with their checksums (`checksums.verify`).
+    """Verify the files of a checkpoint's items with `checksums.verify`.
 
     Raises:
         CheckpointError: A file is damaged, missing or unreadable, or there are no checksums. The
-            message says what to do.
+            message tells the user what to do.
     """
     try:
         checksums.verify(folder, items, share, shares)
@@ -90,7 +96,7 @@ def verify(folder: Path, items: tuple[str, ...], share: int = 0, shares: int = 1
 
 
 def checked_envelope(folder: Path) -> dict[str, Any]:
-    """Read the item `meta` (`read_envelope`); raise CheckpointErrors that say what to do."""
+    """Read the item `meta` with `read_envelope`; raise every error as a `CheckpointError`."""
     try:
         return read_envelope(folder)
     except CheckpointError:
@@ -102,7 +108,7 @@ def checked_envelope(folder: Path) -> dict[str, Any]:
 
 
 def damaged(folder: Path, damage: str) -> CheckpointError:
-    """Make the error for a damaged step, which names the newest intact step of the run."""
+    """Make the error for a damaged step; the message names the run's newest intact step, if any."""
     others = [step for step in saved_steps(folder.parent) if str(step) != folder.name]
     intact = next((s for s in reversed(others) if _is_intact(folder.parent / str(s))), None)
     if intact is None:
@@ -113,7 +119,7 @@ def damaged(folder: Path, damage: str) -> CheckpointError:
 
 
 def _unreadable(folder: Path, error: OSError) -> CheckpointError:
-    """Make the error for files that the file system refuses to read, which may be intact."""
+    """Make the error for files that the file system fails to read although they may be intact."""
     file = f" ({error.filename})" if error.filename else ""
     return CheckpointError(
         f"checkpoint {folder} can't be read: {reason_of(error)}{file}: it may be whole, mend that"

@@ -1,4 +1,5 @@
-"""A benchmark of one accelerator in parts, which writes each measurement to disk at once.
+"""Benchmark of one GPU or TPU in parts, which writes each measurement to disk when it is done.
 
-It needs only jax, flax, optax, orbax-checkpoint, numpy and tokenizers with their dependencies.
+Required packages are only jax, flax, optax, orbax-checkpoint, numpy and tokenizers with their
+dependencies.
 """

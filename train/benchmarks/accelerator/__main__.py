@@ -1,4 +1,4 @@
-"""The benchmark without the command line's packages: python -m train.benchmarks.accelerator."""
+"""Run the accelerator benchmark without tyro: python -m train.benchmarks.accelerator."""
 
 import argparse
 import sys

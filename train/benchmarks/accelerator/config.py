@@ -1,4 +1,4 @@
-"""Options of the accelerator benchmark; it runs its parts in order, each in its own process."""
+"""Run the parts of the accelerator benchmark in order, each in its own process."""
 
 import dataclasses
 import json
@@ -13,26 +13,26 @@ from train.benchmarks.accelerator.record import TimeIsUp, read
 from train.benchmarks.accelerator.sizes import full_sizes, tiny_sizes
 from train.benchmarks.accelerator.table import tables
 
-LEAST = 10.0  # seconds that a part needs to start
+LEAST = 10.0  # minimum number of seconds left with which a part is started
 
 
 @dataclasses.dataclass(frozen=True)
 class AcceleratorBenchmark:
-    """Measures one GPU or TPU in parts; if it is called again, it continues where it stopped.
+    """Benchmark of one GPU or TPU in parts; another call resumes where the last call stopped.
 
     Attributes:
-        minutes: Time limit of this call in minutes; no measurement begins after it.
+        minutes: Time limit of this call in minutes; no measurement begins after the limit.
         out: Folder of the results, one JSON file for each part, and of compiled programs.
         parts: Parts to run, in this order: "kernels" (attention against the reference), "step"
             (train step and MFU), "memory" (peak against the forecast), "decode", "rl" (rollouts and
             updates), "precision" (bfloat16 against float32), "then" (the runs of `then`).
-        then: File of training runs for the remaining time, one JSON object on each line
-            (`docs/accelerators.md`); none by default.
-        tiny: Whether to use tiny sizes in one process, to try the benchmark on a CPU; their times
-            say nothing about speed.
+        then: JSON Lines file of training runs that use the remaining time (`docs/accelerators.md`);
+            none by default.
+        tiny: Whether to use tiny sizes in one process, to try the benchmark on a CPU; the measured
+            times say nothing about speed.
         table: Whether to only print the folder's results as tables, without measuring.
-        compile_for: Topologies such as v5e:2x2 and h100:1. The programs are only compiled for
-            these, on any machine, and nothing is measured.
+        compile_for: Topologies such as v5e:2x2 and h100:1, for which the programs are compiled on
+            any machine; with topologies, nothing is measured.
     """
 
     minutes: float = 9.0
@@ -53,7 +53,7 @@ class AcceleratorBenchmark:
 def main(config: AcceleratorBenchmark) -> None:
     """Run the unfinished parts until the time limit, and print their results as tables.
 
-    With `table` only print the results, and with `compile_for` only compile.
+    With `config.table`, only print the results. With `config.compile_for`, only compile.
 
     Raises:
         ValueError: An option or the file of runs has a mistake, or a result file is damaged.
@@ -73,12 +73,12 @@ def main(config: AcceleratorBenchmark) -> None:
     if config.then is not None:
         from train.benchmarks.accelerator.queued import read_queue
 
-        read_queue(config.then)  # a mistake is said before any work
+        read_queue(config.then)  # raises for a mistake before any work begins
     end = time.monotonic() + 60 * config.minutes
     for name in config.parts:
         done = (read(folder, name) or {}).get("finished", False)
         if name == "then":
-            done = config.then is None  # the file may have grown
+            done = config.then is None  # the file may have new runs
         if done:
             continue
         left = end - time.monotonic()
@@ -103,7 +103,7 @@ def _run(name: str, config: AcceleratorBenchmark, folder: Path, seconds: float) 
         return True
     given = {"name": name, "folder": str(folder), "tiny": False, "then": config.then,
              "seconds": max(seconds - LEAST, 1.0)}  # fmt: skip
-    # A process for each part: its memory is given back, and a crash leaves the other parts.
+    # A process for each part frees its device memory, and a crash spares the other parts.
     command = [sys.executable, "-m", "train.benchmarks.accelerator.part", json.dumps(given)]
     defaults = {
         "JAX_COMPILATION_CACHE_DIR": str((folder / "compiled").absolute()),

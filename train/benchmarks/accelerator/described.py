@@ -24,8 +24,8 @@ from train.devices.mesh import MeshConfig, make_mesh
 def compile_for(name: str, folder: Path, sizes: Sizes) -> None:
     """Compile kernels, train steps and decoding steps for one device of a topology.
 
-    The memory that they need is written to `compiled_TOPOLOGY.json`, a file like those of the
-    parts. cuDNN's kernel is left out: jax can't ask a card that is not attached what its cuDNN
+    The memory that the programs need is written to `compiled_TOPOLOGY.json`, in the format of the
+    parts' files. cuDNN's kernel is left out: jax can't query what the cuDNN of an unattached GPU
     supports.
 
     Args:
@@ -36,7 +36,7 @@ def compile_for(name: str, folder: Path, sizes: Sizes) -> None:
     Raises:
         ValueError: The topology is unknown, or its compiler is not installed.
     """
-    # Nothing runs, and an attached device should stay free.
+    # Programs are only compiled: an attached device should stay free.
     jax.config.update("jax_platforms", "cpu")
     # Cached programs can't be loaded without the device.
     jax.config.update("jax_enable_compilation_cache", False)

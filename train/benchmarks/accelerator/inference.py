@@ -38,8 +38,8 @@ def decoding_speed(model: Any, batch: int, sizes: Sizes) -> dict[str, Any]:
         sizes: Sizes with the lengths of prompt and continuation.
 
     Returns:
-        Number of `parameters`, `seconds_per_token` (of a step of all rows), `tokens_per_second` (of
-        all rows), and `first_token_seconds` (prefill and first token).
+        Dict of the number of `parameters`, `seconds_per_token` (of one step of all rows),
+        `tokens_per_second` (over all rows), and `first_token_seconds` (prefill and first token).
     """
     decoder: Thoughtbubbles = model()
     config = DecodeBenchmark(batch_size=batch, new_tokens=sizes.new_tokens, repeats=1)
@@ -66,11 +66,12 @@ def measure_rl(record: Record, sizes: Sizes) -> None:
 
 
 def rl_speed(model: ModelConfig, sizes: Sizes) -> dict[str, Any]:
-    """Measure a step of GRPO with random weights, with which rollouts seldom end early.
+    """Measure a GRPO step of a model with random parameters, whose rollouts seldom end early.
 
     Returns:
-        Number of `parameters` and of `rollouts` of a step; `rollout_seconds`, `update_seconds` and
-        their sum `step_seconds`; `rollout_tokens_per_second` and `update_tokens_per_second`.
+        Dict of the number of `parameters` and of `rollouts` of a step; `rollout_seconds`,
+        `update_seconds` and their sum `step_seconds`; `rollout_tokens_per_second` and
+        `update_tokens_per_second`.
     """
     with tempfile.TemporaryDirectory() as folder:
         config = RLConfig(

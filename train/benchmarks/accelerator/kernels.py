@@ -1,4 +1,4 @@
-"""Errors of attention kernels against the reference in float32, and their times."""
+"""Measure attention kernels: errors against the reference in float32, and times."""
 
 import functools
 from typing import Any
@@ -13,7 +13,7 @@ from train.benchmarks.accelerator.sizes import KernelShape, Sizes
 
 
 def implementations(platform: str) -> dict[str, Attend]:
-    """Return the attention functions that run on a platform, by name."""
+    """Return the attention functions that run on a platform, keyed by name."""
     if platform == "tpu":
         return {"xla": attend, "splash": attend_splash}
     if platform in ("gpu", "cuda"):
@@ -42,12 +42,12 @@ def against_reference(
         kernel: Attention function.
         shape: Sizes of the attention call.
         biased: Whether the call has a bias.
-        calls: Number of calls of a timed round.
+        calls: Number of calls in a timed round.
 
     Returns:
-        `errors` (see `error_of`) of "out", "d_query", "d_key", "d_value" and "d_bias" if biased;
-        `forward_seconds` and `forward_and_gradient_seconds`, and the same two as
-        `..._tflops_per_second`.
+        Dict of `errors`, the results of `error_of` for "out", "d_query", "d_key", "d_value" and, if
+        biased, "d_bias"; and of `forward_seconds`, `forward_tflops_per_second`,
+        `forward_and_gradient_seconds` and `forward_and_gradient_tflops_per_second`.
     """
     inputs, cotangent = random_inputs(shape, biased)
     exact = [None if x is None else x.astype(jnp.float32) for x in inputs]
@@ -67,7 +67,7 @@ def against_reference(
         "forward_seconds": seconds,
         "forward_tflops_per_second": shape.flops / seconds / 1e12,
         "forward_and_gradient_seconds": with_backward,
-        # Seven products instead of two: the backward pass makes the weights again.
+        # Seven products instead of two: the backward pass recomputes attention probabilities.
         "forward_and_gradient_tflops_per_second": 3.5 * shape.flops / with_backward / 1e12,
     }
 
@@ -93,9 +93,10 @@ def random_inputs(shape: KernelShape, biased: bool) -> tuple[tuple[Any, ...], ja
 
 
 def with_gradients(kernel: Attend) -> Any:
-    """Return a function of a kernel's inputs and a cotangent, which also computes the gradients.
+    """Make a function of a kernel's inputs and a cotangent that also computes the gradients.
 
-    It returns the kernel's result, followed by the gradient of each input that is not None.
+    The function returns the kernel's result, followed by the gradient of each input that is not
+    None.
     """
 
     def function(query: Any, key: Any, value: Any, bias: Any, cotangent: Any) -> tuple[Any, ...]:

@@ -16,14 +16,14 @@ PARTS = ("kernels", "step", "memory", "decode", "rl", "precision", "then")
 
 
 def run_part(name: str, folder: Path, seconds: float, tiny: bool, then: str | None) -> None:
-    """Run those measurements of a part that its result file does not have yet.
+    """Run the measurements of a part that the part's result file does not have yet.
 
     Args:
         name: Name of the part, one of `PARTS`.
         folder: Folder of the results.
-        seconds: Time limit of the part; no measurement begins after it.
+        seconds: Time limit of the part in seconds; no measurement begins after the limit.
         tiny: Whether to use tiny sizes, which also run on a CPU.
-        then: File of training runs, for the part "then".
+        then: File of training runs, for the part "then"; None for no runs.
 
     Raises:
         TimeIsUp: The time limit was reached before the part was finished.
@@ -60,9 +60,9 @@ def run_part(name: str, folder: Path, seconds: float, tiny: bool, then: str | No
 
 
 def main() -> None:
-    """Run the part that the command line's only argument describes: `run_part`'s arguments in JSON.
+    """Run a part with the arguments of `run_part` in JSON, the only command-line argument.
 
-    The exit status is 3 if the time limit was reached, and 2 for a `ValueError`.
+    The exit status is 3 if the time limit was reached, and 2 after a `ValueError`.
     """
     given = json.loads(sys.argv[1])
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()

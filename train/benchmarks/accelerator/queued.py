@@ -1,4 +1,4 @@
-"""Training runs on packed corpora, listed in a file for the time that the benchmark leaves.
+"""Train the runs that a file lists, on packed corpora, in the benchmark's remaining time.
 
 The file has one JSON object on each line: `{"name": "plain30m", "model": {"preset": "150m",
 "embed_dim": 512, "num_heads": 8, "fork_layers": []}, "corpus": "corpus.npy", "vocab_size": 8192,
@@ -39,15 +39,15 @@ class QueuedRun:
     Attributes:
         name: Name of the run, of letters, digits, `-`, `_` and `.`.
         model: Config of the decoder.
-        corpus: File `.npy` of one row of token ids, uint16 or uint32, in which documents follow
-            each other.
+        corpus: Path of a `.npy` file of N token ids of concatenated documents, `[N]`, uint16 or
+            uint32.
         vocab_size: Number of token ids of the corpus.
         steps: Number of optimizer steps.
-        seeds: Seeds of parameters and batches; the run is repeated with each.
+        seeds: Seeds of parameters and batches; the run is repeated with each seed.
         batch_size: Number of rows of a step.
         seq_len: Number of targets of a row.
-        held_out: Number of rows at the end of the corpus that are not trained on, but scored after
-            the last step.
+        held_out: Number of rows at the end of the corpus that are held out of training and scored
+            after the last step.
         optimizer: Optimizer and learning rate schedule.
     """
 
@@ -81,7 +81,7 @@ class QueuedRun:
             )
 
     def tokens(self) -> np.ndarray:
-        """Open the corpus `[N]`, uint16 or uint32, as a memory map, and check it.
+        """Open the corpus as a memory-mapped array `[N]`, uint16 or uint32, and check its tokens.
 
         Raises:
             ValueError: The file is not an array of this kind, has too few tokens, or has a token id
@@ -112,7 +112,7 @@ class QueuedRun:
 
 
 def read_queue(path: str) -> list[QueuedRun]:
-    """Read the runs of a file, and check them and their corpora.
+    """Read the runs that a file lists, and check the runs and their corpora.
 
     Raises:
         ValueError: The file is not text, a line is wrong (the message names file and line), two
@@ -175,11 +175,11 @@ def _run_of(fields: Any, folder: Path) -> QueuedRun:
 
 
 def measure_queue(record: Record, path: str) -> None:
-    """Train the runs of a file in their order, each with all of its seeds before the next run.
+    """Train the runs that a file lists, in order, each with all of its seeds before the next run.
 
     Raises:
-        TimeIsUp: The time is over; an unfinished run has left a checkpoint.
-        ValueError: The file has a mistake, or a run of this name was begun with other settings.
+        TimeIsUp: The time limit was reached; an unfinished run has saved a checkpoint.
+        ValueError: The file has a mistake, or a run of the same name was begun with other settings.
     """
     for run in read_queue(path):
         for seed in run.seeds:
@@ -206,7 +206,7 @@ def _folder(record: Record, run: QueuedRun, seed: int) -> Path:
 
 @dataclasses.dataclass
 class _Clock:
-    """Clock of train steps, except the first of a process, which compiles, and except saving."""
+    """Timer of train steps, without checkpoints and without a process's first, compiling step."""
 
     seconds: float
     steps: int
@@ -282,7 +282,7 @@ def _train(record: Record, run: QueuedRun, seed: int, identity: dict[str, Any]) 
 def _first(
     checkpoints: Checkpointer, trainable: Trainable, identity: dict[str, Any]
 ) -> tuple[TrainState, dict[str, Any]]:
-    """Return the state of the newest checkpoint and its metadata, or the initial ones without."""
+    """Return state and metadata of the newest checkpoint, or initial ones without a checkpoint."""
     if checkpoints.latest_step() is None:
         return trainable.init(), {"losses": [], "seconds": 0.0, "timed_steps": 0}
     abstract = trainable.abstract
@@ -293,7 +293,7 @@ def _first(
 
 
 def batch_of(corpus: np.ndarray, run: QueuedRun, seed: int, number: int) -> np.ndarray:
-    """Sample the rows `[B, seq_len + 1]` int32 of a step, at random before the held-out rows."""
+    """Sample the rows `[B, seq_len + 1]` int32 of step `number`, outside of the held-out rows."""
     end = len(corpus) - run.held_out * run.seq_len - run.seq_len - 1
     starts = np.random.default_rng([seed, number]).integers(0, end, run.batch_size)
     return np.stack([corpus[start : start + run.seq_len + 1] for start in starts]).astype(np.int32)
@@ -302,7 +302,7 @@ def batch_of(corpus: np.ndarray, run: QueuedRun, seed: int, number: int) -> np.n
 def held_out_loss(
     trainable: Trainable, state: TrainState, corpus: np.ndarray, run: QueuedRun
 ) -> float:
-    """Compute the mean loss of the held-out rows in nats per token, by parallel forward passes."""
+    """Compute the mean teacher-forced loss of the held-out rows, in nats per token."""
 
     @jax.jit
     def score(weights: Any, rows: jax.Array) -> jax.Array:

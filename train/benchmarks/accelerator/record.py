@@ -1,4 +1,4 @@
-"""Measurements of a part in a JSON file, which is rewritten whole after each measurement."""
+"""Record the measurements of a part in a JSON file, rewritten after each measurement."""
 
 import json
 import math
@@ -15,16 +15,16 @@ from train.runs.files import write_atomically
 
 
 class TimeIsUp(Exception):
-    """No time is left for the next measurement."""
+    """Raised if no time is left for the next measurement."""
 
 
 class Record:
-    """File of a part's measurements.
+    """Result file of a part, which runs the missing measurements and stores their results.
 
     Args:
         folder: Folder of the benchmark's results.
         part: Name of the part.
-        seconds: Time that is left, in seconds; no measurement begins after it.
+        seconds: Remaining time in seconds; no measurement begins once the time is over.
         device: Kind of the device that is measured; by default the kind of jax's first device.
 
     Raises:
@@ -65,12 +65,13 @@ class Record:
 
         Args:
             name: Name of the measurement.
-            work: Function that measures and returns a dict, ready for JSON.
+            work: Function that measures and returns a JSON-serializable dict.
 
         Returns:
-            What `work` returned and its "wall_seconds". If `work` raised an exception, its kind and
-            first line as "error", and "out_of_memory", whether memory was too small. Only "error"
-            if the process has ended twice during this measurement.
+            Dict that `work` returned, with the "wall_seconds" of `work`. If `work` raised an
+            exception, the dict has its type and first line as "error", and "out_of_memory", whether
+            memory was too small. If the process has ended twice during this measurement, the dict
+            has only "error".
 
         Raises:
             TimeIsUp: The time is over.
@@ -118,7 +119,7 @@ class Record:
 
 
 def without_nan(value: Any) -> Any:
-    """Replace numbers that are not finite, such as a diverged loss, by None, as JSON needs it."""
+    """Replace numbers that are not finite, such as a diverged loss, with None for JSON."""
     if isinstance(value, dict):
         return {name: without_nan(found) for name, found in value.items()}
     if isinstance(value, list):
@@ -147,25 +148,25 @@ def read(folder: Path, part: str) -> dict[str, Any] | None:
 
 
 def one_line(error: BaseException) -> str:
-    """Return the kind and the first line of an error, at most 300 characters of it."""
+    """Return the type of an error, and at most 300 characters of its first line."""
     first = str(error).strip().splitlines() or [""]
     return f"{type(error).__name__}: {first[0][:300]}"
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error's message says, as XLA's do, that the device's memory was too small."""
+    """Return whether an error's message, like XLA's, says that device memory was too small."""
     return "RESOURCE_EXHAUSTED" in str(error) or "out of memory" in str(error).lower()
 
 
 def seconds_per_call(call: Callable[[], Any], calls: int, rounds: int = 3) -> float:
-    """Measure the mean seconds of a call in each round, and return the smallest of them.
+    """Measure the mean seconds per call in each round, and return the smallest mean.
 
-    A first call warms up. Calls are dispatched one after another and awaited once a round, so that
-    the device stays busy.
+    A first call warms up. Calls are dispatched one after another and awaited once per round, so
+    that the device stays busy.
 
     Args:
         call: Function that returns arrays.
-        calls: Number of calls of a round.
+        calls: Number of calls in a round.
         rounds: Number of rounds.
     """
     jax.block_until_ready(call())
@@ -180,16 +181,16 @@ def seconds_per_call(call: Callable[[], Any], calls: int, rounds: int = 3) -> fl
 
 
 def seconds_in_a_loop(call: Callable[..., Any], inputs: tuple[Any, ...], calls: int) -> float:
-    """Measure the mean seconds of a call in three rounds, and return the smallest of them.
+    """Measure the mean seconds per call in three rounds, and return the smallest mean.
 
-    A round is one compiled loop on the device, in which each call waits for the previous one. Calls
-    that the host dispatches one by one would measure the dispatch, if they are short.
+    A round is one compiled loop on the device, in which each call waits for the previous call. If
+    the host dispatched short calls one by one, the dispatch would be measured instead.
 
     Args:
         call: Function of arrays.
-        inputs: Arguments of `call`; the first is an array.
-        calls: Initial number of calls of a round; on accelerators it is doubled until a round takes
-            50 ms.
+        inputs: Arguments of `call`; the first argument is an array.
+        calls: Initial number of calls in a round; on accelerators, the number is doubled until a
+            round takes 50 ms.
     """
 
     @jax.jit

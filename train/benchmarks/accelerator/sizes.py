@@ -1,4 +1,4 @@
-"""Sizes of all measurements: full sizes for an accelerator, tiny ones for a test on a CPU."""
+"""Sizes of all measurements: full sizes for an accelerator, tiny sizes for a test on a CPU."""
 
 import dataclasses
 
@@ -30,22 +30,22 @@ class Sizes:
 
     Attributes:
         kernels: Sizes of attention calls.
-        models: Configs of decoders that are trained, by name.
+        models: Mapping from names to configs of decoders that are trained.
         seq_len: Number of tokens of a row in training.
         first_batch: Number of rows of the first training step that is tried.
         largest_batch: Maximum number of rows that is tried.
-        decoders: Configs of decoders that generate, by name.
-        decode_batches: Numbers of rows that are decoded together, one measurement for each.
+        decoders: Mapping from names to configs of decoders that generate.
+        decode_batches: Batch sizes of decoding, with one measurement for each size.
         context: Number of tokens in the cache when the timed decoding steps begin.
         new_tokens: Number of timed decoding steps.
         rl_model: Config of a decoder over bytes that reinforcement learning trains.
         rl_prompts: Number of problems of a reinforcement-learning step.
         rl_generations: Number of rollouts of a problem.
         rl_tokens: Maximum number of tokens of a rollout.
-        precision_models: Configs of decoders whose loss curves are compared, by name.
+        precision_models: Mapping from names to configs of decoders whose loss curves are compared.
         precision_batch: Number of rows of a training step in the part "precision".
         precision_steps: Number of training steps in the part "precision".
-        calls: Number of calls of a timed round.
+        calls: Number of calls in a timed round.
     """
 
     kernels: tuple[KernelShape, ...]

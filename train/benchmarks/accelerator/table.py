@@ -1,4 +1,4 @@
-"""Format the results in a folder as Markdown tables."""
+"""Format the results of the accelerator benchmark as Markdown tables."""
 
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,7 @@ def table(data: dict[str, Any]) -> str:
 
 
 def cells(found: dict[str, Any], prefix: str = "") -> dict[str, str]:
-    """Format the numbers and words of a measurement by column; a nested one's is `outer.inner`."""
+    """Format a measurement's entries by column; a nested entry's column is `outer.inner`."""
     row: dict[str, str] = {}
     for name, value in found.items():
         if name in ("run", "wall_seconds", "out_of_memory"):

@@ -1,4 +1,4 @@
-"""Measure training: time, MFU and memory up to the largest batch; bfloat16 beside float32."""
+"""Measure training: time, MFU and memory up to the largest batch; bfloat16 against float32."""
 
 import contextlib
 import dataclasses
@@ -24,11 +24,11 @@ from train.engine.state import make_trainable
 from train.engine.step import make_train_step
 from train.pretraining.config import RunConfig
 
-ROOM = 0.85  # share of the memory up to which a forecast for a larger batch is believed
+ROOM = 0.85  # fraction of device memory up to which forecasts for larger batches are trusted
 
 
 def run_config(model: ModelConfig, batch: int, seq_len: int) -> RunConfig:
-    """Return the config of pretraining a model on `batch` rows of `seq_len` tokens a step."""
+    """Return the config of pretraining a model on `batch` rows of `seq_len` tokens per step."""
     return RunConfig(
         model=model, data=DataConfig(seq_len=seq_len), batch_size=batch, mesh=MeshConfig(1, 1, 1)
     )
@@ -62,15 +62,15 @@ def measure_steps(record: Record, sizes: Sizes) -> None:
 
 
 def next_batch(batch: int, found: dict[str, Any], limit: float | None) -> int:
-    """Choose the next batch to try: this one doubled, or doubled more often.
+    """Choose the next batch size to try: the current batch size, doubled one or more times.
 
-    Batches are passed over if a batch twice as large is forecast to need at most 85 % of the
-    memory. The forecast assumes that temporaries and results grow in proportion to the batch.
+    A batch size is skipped if twice this size is forecast to need at most 85 % of the memory. The
+    forecast assumes that temporaries and results grow in proportion to the batch size.
 
     Args:
         batch: Number of rows that fitted.
-        found: Measurement with that batch, with its `forecast` of memory.
-        limit: Bytes of memory, or None if unknown, for which the batch is doubled once.
+        found: Measurement with this batch size, with the `forecast` of memory.
+        limit: Device memory in bytes; None, if unknown, doubles the batch size once.
     """
     grown = 2 * batch
     if limit is None:
@@ -89,9 +89,9 @@ def time_step(config: RunConfig, calls: int) -> dict[str, Any]:
     """Measure a train step, unless the compiled program's forecast exceeds the device's memory.
 
     Returns:
-        `forecast` of memory (see `memory_of`) and `fits`. If it fits, also `parameters`, `batch`,
-        `step_seconds`, `tokens_per_second`, `tflops_per_second`, and `mfu`, None for an unknown
-        chip.
+        Dict of the `forecast` of memory (see `memory_of`) and `fits`. If the program fits, the dict
+        also has `parameters`, `batch`, `step_seconds`, `tokens_per_second`, `tflops_per_second`,
+        and `mfu`, which is None for an unknown chip.
     """
     device = jax.devices()[0]
     compiled, forecast, too_large = compiled_step(config)
@@ -117,8 +117,8 @@ def compiled_step(config: RunConfig) -> tuple[Any, dict[str, Any], bool]:
     """Compile a train step for the first device.
 
     Returns:
-        The compiled step, the forecast of its memory (see `memory_of`), and whether its peak
-        exceeds the device's memory.
+        The compiled step, the forecast of its memory (see `memory_of`), and whether the forecast
+        peak exceeds the device's memory.
     """
     devices = jax.devices()[:1]
     program = step_program(config, devices)
@@ -129,9 +129,14 @@ def compiled_step(config: RunConfig) -> tuple[Any, dict[str, Any], bool]:
 
 @contextlib.contextmanager
 def running(config: RunConfig, compiled: Any) -> Iterator[Any]:
-    """Give a function that takes the next train step on random tokens and returns its loss.
+    """Return a context manager that gives a function, which runs a train step at each call.
 
-    The parameters are freed at the end of the context.
+    The function trains on random tokens and returns the loss of the step. The parameters are freed
+    at the end of the context.
+
+    Args:
+        config: Config of the run.
+        compiled: Compiled train step, as `compiled_step` returns it.
     """
     mesh = make_mesh(config.mesh, jax.devices()[:1])
     trainable = make_trainable(
@@ -150,7 +155,7 @@ def running(config: RunConfig, compiled: Any) -> Iterator[Any]:
 
 
 def measure_memory(record: Record, sizes: Sizes) -> None:
-    """Measure each model's peak memory beside the forecast, at the largest batch that was timed."""
+    """Measure each model's peak memory and its forecast, at the largest batch that was timed."""
     timed = (read(record.folder, "step") or {"measurements": {}})["measurements"]
     largest: dict[str, tuple[int, int]] = {}
     for name in sizes.models:
@@ -162,19 +167,20 @@ def measure_memory(record: Record, sizes: Sizes) -> None:
             ),
             default=(0, sizes.first_batch),
         )
-    # The device counts the peak of the process: the smaller comes first, or it would be hidden.
+    # The device counts the peak of the process, so models run in increasing order of memory.
     for name in sorted(largest, key=lambda name: largest[name]):
         run = run_config(sizes.models[name], largest[name][1], sizes.seq_len)
         record.measure(name, functools.partial(peak_of, run))
 
 
 def peak_of(config: RunConfig) -> dict[str, Any]:
-    """Measure the peak memory of two train steps, beside its forecast.
+    """Measure the peak memory of two train steps, and compare it with the forecast.
 
     Returns:
-        `batch`, `forecast_bytes`, `measured_bytes` and `measured_over_forecast`. The last two are
-        None if the device counts no peak, or if it did not rise: the device counts the peak of the
-        whole process, in which an earlier program may have needed more.
+        Dict of `batch`, `forecast_bytes`, `measured_bytes` and `measured_over_forecast`. The last
+        two entries are None if the device counts no peak, or if the peak did not rise, because the
+        device counts the peak of the whole process, in which an earlier program may have needed
+        more.
     """
     device = jax.devices()[0]
     before = (device.memory_stats() or {}).get("peak_bytes_in_use", 0)
@@ -194,7 +200,7 @@ def peak_of(config: RunConfig) -> dict[str, Any]:
 def measure_precision(record: Record, sizes: Sizes) -> None:
     """Compare each model's loss curves in float32 and bfloat16, on the same batches.
 
-    Both use XLA's attention.
+    Both dtypes use XLA's attention.
     """
     for name, model in sizes.precision_models.items():
         curves = [
@@ -217,9 +223,9 @@ def measure_precision(record: Record, sizes: Sizes) -> None:
 
 
 def loss_curve(model: ModelConfig, sizes: Sizes) -> dict[str, Any]:
-    """Train a model on texts of `chains`, and return the `loss` of each step.
+    """Train a model on texts that `chains` samples, and return the `loss` of each step.
 
-    Matrix products of a float32 model have full precision.
+    Matrix products of a float32 model are computed in full precision.
     """
     mesh, steps = make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1]), sizes.precision_steps
     with jax.default_matmul_precision("highest" if model.dtype == "float32" else "default"):
@@ -233,7 +239,7 @@ def loss_curve(model: ModelConfig, sizes: Sizes) -> dict[str, Any]:
 
 
 def chains(vocab_size: int, rows: int, length: int, seed: int) -> np.ndarray:
-    """Sample texts `[rows, length]` int32 in which 90 % of tokens follow from the one before."""
+    """Sample texts `[rows, length]` int32 in which the previous token determines 90 % of tokens."""
     rng = np.random.default_rng(seed)
     tokens = rng.integers(0, vocab_size, (rows, length), dtype=np.int32)
     known = rng.random((rows, length)) < 0.9

@@ -14,17 +14,17 @@ from train.rl.problems import at_least, at_most
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Calculator(QuestionWithTools):
-    """Arithmetic with a calculator: the prompt is `(371*84)-59? `, a call `calc(371*84)`.
+    """Arithmetic with a calculator tool: a prompt is `(371*84)-59? `, a call is `calc(371*84)`.
 
-    Any other text is taken as the answer and ends the episode. The calculator evaluates numbers,
-    `+ - * /` and brackets exactly. The scripted player passes the whole expression to the
-    calculator and answers with the result.
+    A text that is not a tool call is the final answer and ends the episode. The calculator
+    evaluates numbers, `+ - * /` and brackets exactly. The scripted player passes the whole
+    expression to the calculator and answers with the result.
 
     Attributes:
         terms: Number of operands in the expression.
         digits: Maximum number of digits of an operand.
         max_turns: Number of turns after which the episode is truncated.
-        malformed: Reward of a malformed action, an empty text; it uses up a turn.
+        malformed: Reward of a malformed action (an empty text), which uses up a turn.
         strict: Whether a malformed action ends the episode.
         seed: Seed of the order of problems.
         max_argument: Maximum number of characters of a call's argument; a longer call fails.

@@ -1,4 +1,4 @@
-"""Exact evaluation of arithmetic expressions by a parser with limits, without Python's `eval`."""
+"""Exact evaluation of arithmetic expressions by a size-limited parser, without `eval`."""
 
 import re
 from fractions import Fraction
@@ -6,9 +6,9 @@ from fractions import Fraction
 LONGEST = 256
 """Maximum number of characters of an expression."""
 
-_DEPTH = 32  # of brackets and signs
-_DECIMALS = 6  # of a fraction that is shown
-_BITS = 512  # of a numerator or denominator
+_DEPTH = 32  # maximum nesting of brackets and signs
+_DECIMALS = 6  # maximum number of decimals that are shown
+_BITS = 512  # maximum size of a numerator or denominator
 _TOKEN = re.compile(r"\s*(?:([0-9]+(?:\.[0-9]+)?)|([-+*/()]))")
 
 
@@ -43,9 +43,10 @@ def evaluate(text: str) -> Fraction:
 
 
 def number_text(value: Fraction) -> str:
-    """Write a number in decimals, rounded to at most six of them, without trailing zeros.
+    """Format a number with at most six decimals and without trailing zeros.
 
-    A value half-way between two numbers of six decimals is rounded to the even one.
+    A value half-way between two six-decimal numbers is rounded to the number with an even last
+    digit.
     """
     scaled = round(value * 10**_DECIMALS)
     whole, decimals = divmod(abs(scaled), 10**_DECIMALS)

@@ -13,13 +13,13 @@ from train.rl.problems import at_least, at_most
 
 TILES = ".123456789abcdef"
 _STEPS = {"U": (-1, 0), "D": (1, 0), "L": (0, -1), "R": (0, 1)}
-_ATTEMPTS = 100  # to scramble a board; on two rows some numbers of moves lead back
+_ATTEMPTS = 100  # to scramble a board; with size=2 some numbers of moves restore the order
 _BACK = {"U": "D", "D": "U", "L": "R", "R": "L"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FifteenPuzzle(GeneratedEnvironment):
-    """Sliding tiles: a board has a line for each row, `.` is the gap; `UL` moves it up and left.
+    """Sliding-tile puzzle: one line per row, `.` is the gap, `UL` moves the gap up, then left.
 
     The goal is the order `123`, `456`, `78.`. Boards are made from the goal by random moves of the
     gap, so every board can be solved. The scripted player takes a shortest solution.
@@ -30,7 +30,7 @@ class FifteenPuzzle(GeneratedEnvironment):
         moves: Maximum number of moves in one action.
         max_turns: Number of turns after which the episode is truncated.
         malformed: Reward of a malformed action: a text other than 1 to `moves` of the letters U, D,
-            L and R, or a move off the board. It moves nothing and uses up a turn.
+            L and R, or a move off the board. A malformed action moves nothing and uses up a turn.
         strict: Whether a malformed action ends the episode.
         seed: Seed of the order of problems.
     """

@@ -17,12 +17,12 @@ Cells = tuple[tuple[int, ...], ...]
 
 @dataclasses.dataclass(frozen=True)
 class Pushed:
-    """State of a game.
+    """State of a game of 2048.
 
     Attributes:
         cells: Rows of tiles, 0 for an empty cell.
         seed: Seed of the positions and values of new tiles.
-        spawned: Number of tiles that have appeared so far, the first two included.
+        spawned: Number of tiles that have appeared so far, including the first two.
     """
 
     cells: Cells
@@ -32,7 +32,7 @@ class Pushed:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Game2048(GeneratedEnvironment):
-    """2048 in small: a board has a line for each row, `.` is empty; `L` pushes all tiles left.
+    """2048 on a small board: one line per row, `.` is an empty cell, `L` pushes all tiles left.
 
     Two equal tiles that meet merge into one of twice the value. After each push that changes the
     board a new tile appears in an empty cell: a 2, or a 4 with probability 0.1. A push that changes
@@ -43,9 +43,10 @@ class Game2048(GeneratedEnvironment):
 
     Attributes:
         size: Number of rows and of columns.
-        goal: Tile that solves the problem, a power of 2.
+        goal: Value of the tile that solves the problem, a power of 2.
         max_turns: Number of turns after which the episode is truncated.
-        malformed: Reward of a malformed action, a text that is not U, D, L or R; it uses up a turn.
+        malformed: Reward of a malformed action (a text that is not U, D, L or R), which uses up a
+            turn.
         strict: Whether a malformed action ends the episode.
         seed: Seed of the order of problems.
     """
@@ -58,7 +59,7 @@ class Game2048(GeneratedEnvironment):
     def check(self) -> None:
         at_least(self, size=2, goal=8)
         at_most(self, size=5)
-        at_most(self, goal=2 ** (self.size**2 + 1))  # more does not fit onto the board
+        at_most(self, goal=2 ** (self.size**2 + 1))  # a larger tile does not fit onto the board
         if self.goal & (self.goal - 1):
             raise ValueError(f"game_2048: goal={self.goal}: choose a power of 2")
 

@@ -17,15 +17,15 @@ from train.rl.problems import TEST_SHARE, check_types, digest, options
 from train.rl.types import Completion, Problem, Split, Turn
 
 _INSTALL = 'pip install "thoughtbubbles[gem]"'
-_LIVE = 256  # episodes that are kept to go on from
-_VARIED = 8  # seeds that are looked at where the seed decides how many turns there are
-_LOCK = threading.RLock()  # of the process's generators, which the package seeds and draws from
-_PATIENCE_S = 120.0  # of a call that waits for another one, which may hang without a limit
+_LIVE = 256  # maximum number of episodes whose environments are cached
+_VARIED = 8  # number of seeds to check where the seed decides the maximum number of turns
+_LOCK = threading.RLock()  # guards the process's random generators, which the package uses
+_PATIENCE_S = 120.0  # maximum wait for an earlier call, which may hang without a limit
 
 
 @dataclasses.dataclass(frozen=True)
 class Replayable:
-    """State of an episode: the seed of the reset and all actions since, which can be replayed.
+    """State of an episode of gem-llm: the seed of the reset and all actions since, for replay.
 
     Attributes:
         seed: Seed that the package's environment is reset with.
@@ -42,8 +42,8 @@ class _Live:
     """An environment of the package in the middle of an episode, with its random generator states.
 
     The package uses the process's random generators. `run` sets them to the states of the episode
-    and restores them afterwards. An abandoned call keeps running, and later uses or seeds whatever
-    states the process's generators have by then.
+    and restores them afterwards. An abandoned call keeps running, and from then on uses or seeds
+    the process's generators in whatever states they are.
     """
 
     def __init__(self, seed: int):
@@ -92,17 +92,17 @@ class Gem:
     A state consists of the seed of the reset and the actions since. A step from the newest state of
     an episode steps the package's environment; a step from an earlier state first replays its
     actions. The package uses the process's global random generators. Each episode keeps its own
-    generator states, the global ones are restored after every call, and calls run one at a time. An
-    episode is a success if it has ended and its last reward is at least `success_reward`, because
-    some games pay nearly as much for a near miss.
+    generator states, the global states are restored after every call, and calls run one at a time.
+    An episode is a success if it has ended and its last reward is at least `success_reward`; a
+    lower reward is no success, because some games pay nearly as much for a near miss.
 
-    A hash of id, options and seed decides the split. Two seeds may make the same problem, which
-    cannot be checked from outside. Observations are long: use
+    A hash of id, options and seed decides the split. Two seeds may make the same problem, even in
+    different splits, which this adapter cannot check. Observations are long: use
     `--strategy "turns(max_observation=512)"`.
 
     Attributes:
-        id: Id of the environment, one of those that `gem.print_envs()` prints.
-        options: Options of the environment, e.g. `{'max_turns': 5}`.
+        id: Id of the environment; `gem.print_envs()` prints all ids.
+        options: Mapping from name to value of the environment's options, e.g. `{'max_turns': 5}`.
         success_reward: Minimum reward of the last turn that counts as a success.
         suffix: Whether the `suffix` in the package's info is appended to each observation.
         limit_s: Number of seconds after which a call of the package is abandoned. A step that takes
@@ -148,7 +148,7 @@ class Gem:
 
     @property
     def max_turns(self) -> int | None:
-        """Number of turns after which the package truncates an episode; None if it names none.
+        """Number of turns after which the package truncates an episode; None if unknown.
 
         Where the number depends on the seed, this is the maximum over a few seeds.
         """
@@ -248,7 +248,7 @@ class Gem:
                 kept.popitem(last=False)
 
     def _most_turns(self) -> int | None:
-        """Maximum number of turns; of several seeds, where the seed decides it."""
+        """Return the maximum number of turns, over several seeds where the seed decides it."""
         turns = []
         for seed in range(_VARIED):
             unwrapped = _Live(seed).run(self._made, self.__dict__["_pool"]).unwrapped

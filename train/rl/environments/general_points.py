@@ -1,4 +1,4 @@
-"""Environment General Points: make 24 from cards, where the prompt gives the values of faces."""
+"""Environment General Points: make 24 from cards, with values of face cards from the prompt."""
 
 import dataclasses
 import json
@@ -24,7 +24,7 @@ from train.rl.problems import at_least, at_most
 FACES = ("J", "Q", "K")
 RANKS = (*map(str, range(1, 11)), *FACES)
 LARGE = tuple(map(str, range(14, 20)))
-"""Ranks above those of ordinary cards; each hand of the variant `large` has at least one."""
+"""Ranks above those of ordinary cards; a hand of the variant `large` has one or more of `LARGE`."""
 
 _FORM = '{{"cards": [...], "number": [...], "formula": "..."}}'
 TEMPLATE = PromptTemplate(
@@ -45,7 +45,7 @@ TEMPLATE = PromptTemplate(
 TEMPLATES[TEMPLATE.name] = TEMPLATE
 
 _FORMULA = re.compile(r"(?=.*[0-9])[0-9+\-*/() ]+(=[0-9+\-*/() ]+)?")
-_ATTEMPTS = 200  # to deal cards that can make the target
+_ATTEMPTS = 200  # maximum number of hands to deal until one can make the target
 
 
 def _map(*values: int) -> SemanticMap:
@@ -65,7 +65,7 @@ _FACES = _ANY | {"faces": 1}
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GeneralPoints(InstructedEnvironment):
-    """Write a formula that uses each dealt card once and makes 24; the prompt gives J, Q and K.
+    """Write a formula that uses each dealt card once and makes 24; the prompt defines J, Q and K.
 
     The split of a hand depends on the values by which its cards are scored, not on their ranks: no
     multiset of values is in both splits, even across variants.
@@ -73,17 +73,19 @@ class GeneralPoints(InstructedEnvironment):
     Variants follow arXiv 2510.00237. Values of J, Q and K: `id` (all 10), `all_5`, `all_7`,
     `all_12`, `regular` (11, 12, 13), where all but `id` deal at least one face card; `diverse`
     samples one of eight maps, `held_out` one of the maps that the option `held_out` withholds from
-    `diverse`. Difficulty: `large` (at least one card from 14 to 19), `five` (cards), `three`
-    (cards, easier). `fake` shows that face cards count 5, `fake_regular` that they count 11, 12 and
-    13, but both score them as 10. The scripted player solves the hand by the values in the prompt.
+    `diverse`. Difficulty: `large` (at least one card from 14 to 19), `five` (five cards), `three`
+    (three cards, easier). The prompt of `fake` says that face cards count 5, the prompt of
+    `fake_regular` that they count 11, 12 and 13, but both variants score face cards as 10. The
+    scripted player solves the hand with the values in the prompt.
 
     Attributes:
         variant: Name of the variant.
         template: Name of the prompt template in `TEMPLATES`; "" for the default template.
-        maps: Number of maps (K) that `diverse` samples from, the first of the eight; 0 for all that
-            are not held out.
+        maps: Number of maps (K) that `diverse` samples from, counted from the first of the eight; 0
+            for all maps that are not held out.
         resample: Whether demonstrations sample new maps in each epoch.
-        held_out: Number of maps, the last of the eight, that only the variant `held_out` uses.
+        held_out: Number of maps, counted from the last of the eight, that only the variant
+            `held_out` uses.
         paraphrases: Number of wordings of the prompt to sample from.
         restate: Whether each observation is a whole prompt, for policies that are shown one
             observation at a time.
@@ -92,7 +94,7 @@ class GeneralPoints(InstructedEnvironment):
         bare: Whether the expert and the players answer with the formula alone rather than in JSON,
             for templates that ask for a bare formula. The environment accepts both forms.
         max_turns: Number of answers after which the episode is truncated.
-        malformed: Reward of a malformed action, a text without a formula; it uses up a turn.
+        malformed: Reward of a malformed action (a text without a formula), which uses up a turn.
         strict: Whether a malformed action ends the episode.
         seed: Seed of the order of problems and of maps.
     """
@@ -133,7 +135,8 @@ class GeneralPoints(InstructedEnvironment):
         """Sample a hand of cards that can make the target with each of `maps`.
 
         Returns:
-            The ranks of the cards, and the text of their sorted values by the last map.
+            Ranks of the cards, and the sorted values of the cards under the last map as a text,
+            which `hashed` uses.
 
         Raises:
             ValueError: In 200 attempts no such hand was found.
@@ -154,7 +157,7 @@ class GeneralPoints(InstructedEnvironment):
         )
 
     def hashed(self, drawn: tuple[Any, ...]) -> str:
-        return f"{self.word} {drawn[1]}"  # of the numbers: ranks name one problem in several ways
+        return f"{self.word} {drawn[1]}"  # of values: different ranks can have equal values
 
     def start(self, drawn: Sequence[str]) -> tuple[str, ...]:
         return tuple(drawn)
@@ -234,7 +237,7 @@ class GeneralPoints(InstructedEnvironment):
 
 
 def _numbers(cards: Sequence[str], names: Mapping[str, str]) -> list[int]:
-    """Values of cards, where `names` gives the values of face cards."""
+    """Return the values of cards; `names` maps face cards to their values."""
     return [int(names.get(card, card)) for card in cards]
 
 

@@ -47,7 +47,7 @@ def _solve(numbers: tuple[int, ...], target: int) -> Formula | None:
     for some, others in _splits(numbers):
         found = _values(others)
         for value, formula in _values(some).items():
-            # What the other side has to be, for each sign between the two.
+            # Value that `others` must make, for each operator between the two parts.
             needed = [("+", wanted - value, False), ("-", value - wanted, False),
                       ("-", wanted + value, True)]  # fmt: skip
             if value:
@@ -92,7 +92,7 @@ def _splits(numbers: tuple[int, ...]) -> Iterator[tuple[tuple[int, ...], tuple[i
 
 
 def formula_text(formula: Formula) -> str:
-    """Write a formula with no more brackets than it needs."""
+    """Format a formula as a text, without redundant brackets except in `a*(b/c)`."""
     if isinstance(formula, int):
         return str(formula)
     sign, left, right = formula

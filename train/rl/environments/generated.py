@@ -1,4 +1,4 @@
-"""Base of generated environments, whose problems depend only on options, seed, split and index."""
+"""Base of environments that generate problems from options, seed, split and index alone."""
 
 import dataclasses
 import json
@@ -16,7 +16,7 @@ class EpisodeState:
     """State of an episode of a generated environment.
 
     Attributes:
-        game: State of the game, an immutable value.
+        game: State of the game, an immutable value of a class that the environment chooses.
         turns: Number of turns taken.
         malformed: Number of turns whose text was not an action of the game.
         over: Whether the episode was terminated or truncated.
@@ -33,7 +33,7 @@ class Move:
     """Result of an action in a game.
 
     Attributes:
-        game: State of the game after the action.
+        game: State of the game after the action, as in `EpisodeState.game`.
         observation: Text that the policy is shown next.
         success: Whether the game is now solved, which ends the episode with reward 1.
         lost: Whether the game has ended unsolved, which ends the episode.
@@ -47,17 +47,19 @@ class Move:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GeneratedEnvironment(GeneratedProblems):
-    """Base of the generated environments.
+    """Base of generated environments: a subclass defines the game, this class plays episodes of it.
 
-    A subclass is a frozen dataclass with a `word`, options as fields, `draw`, `prompt`, `begin`,
-    `move`, `reminder`, and optionally two players (`random_action`, `scripted_action`). The reward
-    is 1 in the turn that solves the problem, `malformed` in a turn whose text is not an action, and
-    0 in all others. A hash of the answer decides the split of a problem, so a test problem of one
-    seed is not a training problem of another.
+    A subclass is a frozen dataclass with a `word` (its name on the command line), options as
+    fields, the methods `draw`, `prompt`, `begin`, `move` and `reminder`, and optionally two players
+    (`random_action`, `scripted_action`). The reward is 1 in the turn that solves the problem,
+    `malformed` in a turn whose text is not an action, and 0 in all other turns. A hash of the
+    answer, the data that defines the game, decides the split of a problem, so a test problem of one
+    seed is not a training problem of another seed.
 
     Attributes:
         max_turns: Number of turns after which the episode is truncated.
-        malformed: Reward of a malformed action, a text that is not an action; it uses up a turn.
+        malformed: Reward of a malformed action (a text that is not an action), which uses up a
+            turn.
         strict: Whether a malformed action ends the episode.
         seed: Seed of the order of problems.
     """
@@ -75,7 +77,8 @@ class GeneratedEnvironment(GeneratedProblems):
         """Sample a problem of either split.
 
         Returns:
-            The answer, a JSON-serialisable value, and the kind of the problem (`Problem.kind`).
+            The answer, and the kind of the problem (`Problem.kind`). The answer is a
+            JSON-serialisable value that defines the game, such as a secret number or a board.
         """
         raise self._missing("draw(rng)")
 
@@ -88,11 +91,19 @@ class GeneratedEnvironment(GeneratedProblems):
         return Problem(uid, self.prompt(answer), answer, kind)
 
     def prompt(self, answer: Any) -> str:
-        """Return the first observation of an episode."""
+        """Return the prompt of a problem, which is the first observation of its episodes.
+
+        Args:
+            answer: Data that defines the game, as `draw` samples it (`Problem.answer`).
+        """
         raise self._missing("prompt(answer)")
 
     def begin(self, answer: Any) -> Any:
-        """Return the first state of the game."""
+        """Return the first state of the game (`EpisodeState.game`).
+
+        Args:
+            answer: Data that defines the game, as `draw` samples it (`Problem.answer`).
+        """
         raise self._missing("begin(answer)")
 
     def move(self, game: Any, said: str) -> Move | None:
@@ -105,15 +116,23 @@ class GeneratedEnvironment(GeneratedProblems):
         raise self._missing("move(game, said)")
 
     def action_of(self, text: str) -> str:
-        """Extract the text for `move` from a response: by default the first line with any text."""
+        """Extract the text for `move` from a response: by default the first non-blank line."""
         return answer_of(text)
 
     def reminder(self, game: Any) -> str:
-        """Return the observation that follows a text that is not an action."""
+        """Return the observation after a malformed action.
+
+        Args:
+            game: State of the game, which a malformed action does not change.
+        """
         raise self._missing("reminder(game)")
 
     def info(self, game: Any) -> Mapping[str, float]:
-        """Return numbers for the metrics by name, accumulated since the start of the episode."""
+        """Return a mapping from name to number for the metrics, by default an empty mapping.
+
+        Args:
+            game: State of the game, from which totals since the start of the episode are read.
+        """
         del game
         return {}
 
@@ -131,7 +150,7 @@ class GeneratedEnvironment(GeneratedProblems):
         raise self._no_player("random")
 
     def scripted_action(self, shown: Sequence[str], rng: np.random.Generator) -> str:
-        """Return the action of a hand-written player, which sees the shown texts alone.
+        """Return the action of a hand-written player, which sees only the texts of the episode.
 
         Args:
             shown: Texts so far, as for `random_action`.
@@ -181,10 +200,10 @@ class GeneratedEnvironment(GeneratedProblems):
 
 
 def board(rows: Sequence[str]) -> str:
-    """Join the rows of a board into an observation, with a line break before and after each."""
+    """Join the rows of a board into an observation, each row between line breaks."""
     return "\n" + "\n".join(rows) + "\n"
 
 
 def rows_of(text: str) -> list[str]:
-    """Split an observation, or a prompt that ends in a board, into its lines that are not empty."""
+    """Split an observation, or a prompt that ends in a board, into its non-empty lines."""
     return [line for line in text.split("\n") if line]

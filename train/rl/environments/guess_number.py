@@ -14,18 +14,18 @@ from train.rl.types import Problem, Split
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GuessNumber(GeneratedEnvironment):
-    """Guessing: the prompt is `1-10? `, observations are ` higher ` and ` lower `.
+    """Guess a secret number: a prompt is `1-10? `, an observation is ` higher ` or ` lower `.
 
-    The reward of a turn is 1 for the secret number and 0 for any other, however near it is. With a
-    discount, bisection is the best strategy, which the scripted player follows. The fifth of the
-    numbers whose hashes are smallest is the test split, whatever the seed.
+    The reward of a turn is 1 for the secret number and 0 for any other number, however near. With a
+    discount, bisection is the best strategy, which the scripted player follows. For every seed, the
+    test split consists of the fifth of the numbers with the smallest hashes.
 
     Attributes:
         low: Smallest possible number.
         high: Largest possible number.
         max_turns: Number of turns after which the episode is truncated.
-        malformed: Reward of a malformed action, a text that is not a number from `low` to `high`;
-            it uses up a turn.
+        malformed: Reward of a malformed action (a text that is not a number from `low` to `high`),
+            which uses up a turn.
         strict: Whether a malformed action ends the episode.
         seed: Seed of the order of problems.
     """

@@ -14,17 +14,17 @@ PEGS = "abc"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Hanoi(GeneratedEnvironment):
-    """Towers of Hanoi: the prompt is `32 - 1 `, pegs a, b and c; `ca` moves a disk from c to a.
+    """Towers of Hanoi: the prompt `32 - 1 ` shows pegs a, b, c; `ca` moves a disk from c to a.
 
-    A disk is written as its size, and the disks of a peg from the bottom up. The goal is to move
-    all disks to peg c. A disk may not be placed on a smaller one. The scripted player takes a
-    shortest solution.
+    The disks of a peg are written as their sizes, from the bottom up; `-` is an empty peg. The goal
+    is to move all disks to peg c. A disk may not be placed on a smaller one. The scripted player
+    takes a shortest solution.
 
     Attributes:
         disks: Number of disks.
         max_turns: Number of turns after which the episode is truncated.
-        malformed: Reward of a malformed action, a text that is not a move or breaks the rules; it
-            uses up a turn.
+        malformed: Reward of a malformed action (a text that is not a move or breaks the rules),
+            which uses up a turn.
         strict: Whether a malformed action ends the episode.
         seed: Seed of the order of problems.
     """

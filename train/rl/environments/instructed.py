@@ -21,21 +21,23 @@ from train.rl.environments.generated import GeneratedEnvironment, Move
 from train.rl.problems import at_least, at_most, digest
 from train.rl.types import Completion, Problem, Split, Turn
 
-# Indices that maps are drawn for: those of problems, of later states of their demonstrations, and
-# of test problems, apart from each other.
+# Offsets of the indices for which maps are sampled, so that problems, later states of
+# demonstrations and test problems get different indices.
 _TURN_INDICES, _TEST_INDICES = 2**32, 2**48
 
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """A variant: the map that prompts show, the map that scores actions, and sizes of problems.
+    """A variant of an environment: the map in prompts, the map for scoring, and problem sizes.
+
+    A map (`SemanticMap`) gives names to actions, or values to cards.
 
     Attributes:
-        shown: Map that prompts show; None to sample a map for each problem.
-        scored: Map that actions are scored by; None for the map in the prompt. A different map
+        shown: Map in prompts; None to sample a map for each problem.
+        scored: Map with which actions are scored; None for the map in the prompt. A different map
             makes a fake variant, in which a success shows that the policy ignores its prompt.
         held_out: Whether maps are sampled from the part of the pool that training never sees.
-        sizes: Sizes of problems by option name, for options whose value is 0.
+        sizes: Mapping from option name to problem size, used for options whose value is 0.
     """
 
     shown: SemanticMap | None = None
@@ -49,9 +51,10 @@ class InstructedGame:
     """State of an episode: the game, and the maps and the wording of its prompt.
 
     Attributes:
-        inner: State of the game, without maps.
-        shown: Map that the prompt shows.
-        scored: Map that actions are scored by.
+        inner: State of the game without its maps, as the environment's `start` returns it, such as
+            a Sokoban board or the cards of a hand.
+        shown: Map in the prompt.
+        scored: Map with which actions are scored.
         paraphrase: Index of the wording of the prompt.
         invalid: Number of answers so far that the prompt did not allow.
     """
@@ -65,11 +68,11 @@ class InstructedGame:
 
 @dataclasses.dataclass(frozen=True)
 class Demonstration:
-    """A state of an expert's episode with the expert's thoughts and answer.
+    """One example for imitation: the prompt of a state, and an expert's thoughts and answer.
 
     Attributes:
         prompt: Prompt that shows the state.
-        trace: Thoughts of the expert, and its answer in the names of the prompt.
+        trace: Thoughts of the expert, and the expert's answer in the names of the prompt.
         problem: Name of the problem (`Problem.uid`).
     """
 
@@ -80,12 +83,12 @@ class Demonstration:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class InstructedEnvironment(GeneratedEnvironment):
-    """Base of environments with a prompt template.
+    """Base of environments whose prompts define the names of actions or the values of cards.
 
     A subclass has a `usual_template`, `variants`, a `pool`, `draw` (which samples a problem without
     its map), `start`, `values`, `act`, `is_valid`, `observation`, `expert` and a scripted player.
-    One rendered prompt (`RenderedPrompt`) gives the prompt's text, the expert's answer and the
-    answers that are valid.
+    One object, a `RenderedPrompt`, provides the text of a prompt, the names in the expert's answer
+    and the set of valid answers.
 
     Attributes:
         variant: Name of the variant.
@@ -98,7 +101,8 @@ class InstructedEnvironment(GeneratedEnvironment):
         restate: Whether each observation is a whole prompt of the new state, for policies that are
             shown one observation at a time.
         max_turns: Number of turns after which the episode is truncated.
-        malformed: Reward of a malformed action, a text that is not an action; it uses up a turn.
+        malformed: Reward of a malformed action (a text that is not an action), which uses up a
+            turn.
         strict: Whether a malformed action ends the episode.
         seed: Seed of the order of problems and of maps.
     """
@@ -172,40 +176,59 @@ class InstructedEnvironment(GeneratedEnvironment):
         )
 
     def size(self, name: str) -> int:
-        """Return the option of this name, or the variant's size of this name if the option is 0."""
+        """Return the value of the option `name`; if it is 0, the variant's size of this name."""
         return getattr(self, name) or self.variants[self.variant].sizes[name]
 
     def start(self, drawn: Any) -> Any:
-        """Return the first state of the game of a problem that `draw` sampled."""
+        """Return the first state of a game (`InstructedGame.inner`).
+
+        Args:
+            drawn: Problem without its map, as `draw` samples it.
+        """
         raise self._missing("start(drawn)")
 
     def values(self, inner: Any) -> Mapping[str, str]:
-        """Return the text of each slot of the template, except names, for a state's prompt."""
+        """Return a mapping from value slot of the template, such as `board`, to its text.
+
+        Args:
+            inner: State of the game (`InstructedGame.inner`) that the prompt is to show.
+        """
         raise self._missing("values(inner)")
 
     def act(self, inner: Any, said: str, scored: SemanticMap) -> Move | None:
         """Apply an answer to a state of the game; return None if it is not an action.
 
         Args:
-            inner: State of the game before the answer.
+            inner: State of the game before the answer (`InstructedGame.inner`).
             said: Text of the answer.
-            scored: Map by which the answer is interpreted.
+            scored: Map with which the answer is interpreted.
 
         Returns:
-            The move, whose `game` is the next inner state and whose `observation` is used without
-            `restate` or at the end of the episode.
+            The move, whose `game` is the next state of the game and whose `observation` is used
+            without `restate` or at the end of the episode.
         """
         raise self._missing("act(inner, said, scored)")
 
     def is_valid(self, inner: Any, said: str, prompt: RenderedPrompt) -> bool:
-        """Return whether an answer, right or wrong, is one that the state's prompt allows."""
+        """Return whether a prompt allows an answer, which may be right or wrong.
+
+        Args:
+            inner: State of the game before the answer (`InstructedGame.inner`).
+            said: Text of the answer.
+            prompt: Prompt that shows the state.
+        """
         raise self._missing("is_valid(inner, said, prompt)")
 
     def expert(self, inner: Any, prompt: RenderedPrompt) -> tuple[Trace, Any]:
         """Compute an expert's demonstration in a state.
 
+        Args:
+            inner: State of the game (`InstructedGame.inner`).
+            prompt: Prompt that shows the state.
+
         Returns:
-            The thoughts and the answer, and the next inner state, None if the episode has ended.
+            The thoughts and the answer of the expert, and the state of the game after the answer,
+            which is None if the episode has ended.
         """
         raise self._missing("expert(inner, prompt)")
 
@@ -217,12 +240,17 @@ class InstructedEnvironment(GeneratedEnvironment):
             maps: Map in the prompt and map for scoring. The problem must be solvable with each.
 
         Returns:
-            The problem as a JSON-serialisable value for `start`, and its kind.
+            The problem as a JSON-serialisable value for `start`, and a text from which `hashed` may
+            decide the split.
         """
         raise self._missing("draw(rng, *maps)")
 
     def is_test_state(self, inner: Any) -> bool:
-        """Return whether a later state of an episode is also the first state of a test problem."""
+        """Return whether a later state of an episode is also the first state of a test problem.
+
+        Args:
+            inner: State of the game (`InstructedGame.inner`).
+        """
         del inner
         return False
 
@@ -230,7 +258,7 @@ class InstructedEnvironment(GeneratedEnvironment):
         return self.problem_in(split, index, 0)
 
     def problem_in(self, split: Split, index: int, epoch: int) -> Problem:
-        """Return a problem with the map that it has in an epoch.
+        """Return a problem with the map that is sampled for it in an epoch.
 
         Args:
             split: Split of the problem.
@@ -290,13 +318,25 @@ class InstructedEnvironment(GeneratedEnvironment):
         return self.observation(game.inner) if move is None else move.observation
 
     def observation(self, inner: Any) -> str:
-        """Return the observation that shows a state without repeating the prompt."""
+        """Return the observation after a malformed action where `restate` is False.
+
+        The observation shows the state of the game and does not repeat the whole prompt.
+
+        Args:
+            inner: State of the game (`InstructedGame.inner`), which a malformed action does not
+                change.
+        """
         raise self._missing("observation(inner)")
 
     def step(self, state: Any, action: Completion) -> Turn:
         """Return the turn after an action.
 
-        Its `info["validity"]` is the fraction of the episode's answers that the prompt allowed.
+        The turn's `info["validity"]` is the fraction of the episode's answers so far that the
+        prompt allowed.
+
+        Args:
+            state: `EpisodeState` whose `game` is an `InstructedGame`.
+            action: Response of the policy.
 
         Raises:
             ValueError: The episode is over.
@@ -310,17 +350,17 @@ class InstructedEnvironment(GeneratedEnvironment):
         return dataclasses.replace(turn, state=after, info=info)
 
     def demonstrations(self, split: Split, count: int, epoch: int = 0) -> Iterator[Demonstration]:
-        """Yield the states of an expert's episodes, in order, until there are `count` of them.
+        """Yield `count` demonstrations, one for each state of an expert's episodes, in order.
 
         If the variant samples maps, a new map is sampled for each state. Later states of training
         episodes that are the first state of a test problem are left out.
 
         Args:
             split: Split of the problems.
-            count: Number of states.
+            count: Number of demonstrations.
             epoch: Number of passes before this one. In games whose problems do not depend on the
                 map, such as Sokoban, each epoch has the same states. In General Points the cards
-                depend on the map that they are scored by.
+                depend on the map for their scoring.
         """
         left = count
         for index in itertools.count():
@@ -343,7 +383,7 @@ class InstructedEnvironment(GeneratedEnvironment):
         """Read the names of the actions from the line of a prompt that begins with `Answers: `.
 
         Raises:
-            ValueError: The prompt has no line or several lines that begin so.
+            ValueError: The prompt has no such line or more than one.
         """
         return listed_in(prompt, "Answers: ")
 
@@ -355,7 +395,7 @@ class InstructedEnvironment(GeneratedEnvironment):
 def listed_in(prompt: str, head: str) -> list[str]:
     """Read the comma-separated list in the only line of a prompt that begins with `head`.
 
-    Random and scripted players use it, because they see only the text of the prompt.
+    Random and scripted players use this function, because they see only the text of the prompt.
 
     Raises:
         ValueError: No line begins with `head`, or more than one does.

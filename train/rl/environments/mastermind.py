@@ -11,22 +11,22 @@ import numpy as np
 from train.rl.environments.generated import GeneratedEnvironment, Move
 from train.rl.problems import at_least, at_most
 
-_MOST = 10**6  # codes
+_MOST = 10**6  # maximum number of different codes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Mastermind(GeneratedEnvironment):
-    """Mastermind: the prompt is `3 of 1-6? `, a guess `132`, an observation ` 1 exact 1 near `.
+    """Mastermind: a prompt is `3 of 1-6? `, a guess `132`, an observation ` 1 exact 1 near `.
 
-    `exact` is the number of digits of the guess at the right position. `near` is the number of its
-    other digits that occur in the code at another position. The scripted player guesses the first
-    code that agrees with all observations.
+    `exact` is the number of digits of the guess at the right position. `near` is the number of the
+    other digits of the guess that occur in the code at another position. The scripted player
+    guesses the first code that agrees with all observations.
 
     Attributes:
         length: Number of digits of the code.
-        colours: Number of possible digits, from 1 to `colours`.
+        colours: Number of different digits; a code consists of digits from 1 to `colours`.
         max_turns: Number of turns after which the episode is truncated.
-        malformed: Reward of a malformed action, a text that is not a code; it uses up a turn.
+        malformed: Reward of a malformed action (a text that is not a code), which uses up a turn.
         strict: Whether a malformed action ends the episode.
         seed: Seed of the order of problems.
     """

@@ -11,16 +11,16 @@ import numpy as np
 from train.rl.environments.generated import GeneratedEnvironment, Move, board, rows_of
 from train.rl.problems import at_least, at_most
 
-_FRONTIER = 20  # cells whose mines are enumerated together
+_FRONTIER = 20  # maximum number of cells whose mines are enumerated together
 
 
 @dataclasses.dataclass(frozen=True)
 class Field:
-    """State of a game.
+    """State of a game of Minesweeper.
 
     Attributes:
         mines: Cells with a mine, each as the index row x `columns` + column.
-        open: Cells that are open, as such indices.
+        open: Cells that are open, as indices of the same form.
     """
 
     mines: frozenset[int]
@@ -29,21 +29,21 @@ class Field:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Minesweeper(GeneratedEnvironment):
-    """Minesweeper: a board has a line for each row; `b3` opens the cell of column b and row 3.
+    """Minesweeper: a board has one line per row; `b3` opens the cell in column b and row 3.
 
     `?` is a closed cell; a digit is the number of mines around an open cell, `.` stands for 0. An
-    open cell without mines around it opens its neighbours. The first cell is already open in the
-    prompt. Opening a mine ends the episode; opening all other cells solves it. The scripted player
-    opens the cell with the lowest probability of a mine, given what is shown; on some boards it has
-    to guess.
+    open cell without mines around it also opens its neighbours. The first cell is already open in
+    the prompt. Opening a mine ends the episode; opening all other cells solves the problem. The
+    scripted player opens the cell with the lowest probability of a mine, given the shown board;
+    some boards cannot be solved without a guess.
 
     Attributes:
         rows: Number of rows.
         columns: Number of columns.
         mines: Number of mines.
         max_turns: Number of turns after which the episode is truncated.
-        malformed: Reward of a malformed action, a text that does not name a closed cell; it uses up
-            a turn.
+        malformed: Reward of a malformed action (a text that does not name a closed cell), which
+            uses up a turn.
         strict: Whether a malformed action ends the episode.
         seed: Seed of the order of problems.
     """
@@ -67,7 +67,8 @@ class Minesweeper(GeneratedEnvironment):
         """Sample a board.
 
         Returns:
-            A list of the first open cell and the sorted cells of the mines, and the kind.
+            The answer, a list of the first open cell and the sorted cells with a mine, as indices;
+            and the kind of the problem.
         """
         cells = self.rows * self.columns
         while True:
@@ -166,11 +167,12 @@ def mine_chances(
     """Compute the probability of a mine in each closed cell.
 
     All boards that agree with the shown numbers count as equally likely. The frontier consists of
-    the closed cells next to an open one. Only its first 20 cells are enumerated; numbers that also
-    depend on other cells are ignored, so the result is then approximate.
+    the closed cells next to an open cell. The result is approximate for a frontier of more than 20
+    cells: only the first 20 are enumerated, and numbers that also depend on other cells are
+    ignored.
 
     Args:
-        closed: Closed cells.
+        closed: Indices of the closed cells.
         numbers: Pairs for open cells: the cell's closed neighbours, and the number of mines among
             them.
         mines: Number of mines on the board.
@@ -186,7 +188,7 @@ def mine_chances(
     weights = dict.fromkeys(frontier, 0)
 
     def place(index: int, chosen: tuple[int, ...], left: tuple[tuple[int, int], ...]) -> None:
-        """Enumerate from a cell on; `left` has the mines and cells that each number still needs."""
+        """Enumerate the cells from `index` on; `left` has each number's missing mines and cells."""
         nonlocal total, inside
         if any(not 0 <= need <= cells for need, cells in left):
             return
@@ -207,6 +209,6 @@ def mine_chances(
             place(index + 1, (*chosen, cell) if mined else chosen, after)
 
     place(0, (), tuple((count, len(cells)) for cells, count in numbers))
-    total = max(total, 1)  # no board agrees with a text that is none of the environment's
+    total = max(total, 1)  # the total is 0 for a text that the environment did not write
     outside = (mines - inside / total) / max(rest, 1)
     return {cell: weights[cell] / total if cell in weights else outside for cell in closed}

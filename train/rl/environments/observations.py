@@ -38,9 +38,9 @@ _REPEATED: dict[str, Callable[[str, str], str]] = {
     "observations": lambda shown, action: shown,
     "transcript": lambda shown, action: shown + action,
 }
-"""For each view, the text that a later observation begins with.
+"""For each view, a function that returns the text with which a later observation begins.
 
-It is a function of the view's previous observation and of the action that followed it."""
+Its arguments are the view's previous observation and the action that followed this observation."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,12 +59,13 @@ class Viewed:
 
 @dataclasses.dataclass(frozen=True)
 class ObservationView(EnvironmentWrapper):
-    """An environment whose observations a view computes from the whole episode.
+    """Wrapper whose view computes each observation from all texts of the episode so far.
 
-    It is for policies that read one observation at a time. The strategy `turns` already shows a
-    policy all turns, so a view that repeats earlier turns would show them twice. The wrapped
-    environment's random and scripted players work with the views `last`, `observations` and
-    `transcript`, from which its own observations can be recovered, and with no others.
+    The wrapper is for policies that see one observation at a time. The strategy `turns` already
+    shows a policy all turns, so a view that repeats earlier turns would show them twice. The
+    wrapped environment's random and scripted players work with the views `last`, `observations` and
+    `transcript`, from which the environment's own observations can be recovered, and with no other
+    views.
 
     Attributes:
         environment: Environment to wrap; wrap tools (`ToolEnvironment`) inside this wrapper.

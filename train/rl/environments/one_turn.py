@@ -10,7 +10,7 @@ from train.rl.types import Completion, Problem, Split, Turn
 
 @dataclasses.dataclass(frozen=True)
 class OneTurn:
-    """An environment whose only turn is scored by a task: `ToolEnvironment(OneTurn(task), tools)`.
+    """Environment whose only turn is scored by a task: `ToolEnvironment(OneTurn(task), tools)`.
 
     A state is a tuple of the problem and whether its response was given.
 

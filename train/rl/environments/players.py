@@ -21,7 +21,7 @@ def player_of(environment: Any, name: str) -> Player:
     """Return the random or the scripted player of an environment.
 
     Args:
-        environment: Environment, or a task of one response.
+        environment: Environment or task with a method `random_action` or `scripted_action`.
         name: Name of the player, "random" or "scripted".
 
     Raises:
@@ -37,7 +37,7 @@ def player_of(environment: Any, name: str) -> Player:
 
 @dataclasses.dataclass(frozen=True)
 class PlayedEpisode:
-    """A finished episode of a player.
+    """Record of a finished episode that a player has played.
 
     Attributes:
         problem: Problem that the episode began from.
@@ -81,7 +81,7 @@ def play_episode(
 
 @dataclasses.dataclass(frozen=True)
 class Score:
-    """Means over episodes.
+    """Success rate, reward and number of turns of a player, averaged over episodes.
 
     Attributes:
         episodes: Number of episodes.
@@ -101,7 +101,7 @@ class Score:
 def score_player(
     environment: Any, player: str, episodes: int, seed: int, split: str = "test"
 ) -> Score:
-    """Play one episode of each of a split's first problems, and average the results.
+    """Play one episode of each of the first problems of a split, and average the results.
 
     Args:
         environment: Environment with players.

@@ -27,7 +27,7 @@ class QuestionWithTools(GeneratedEnvironment):
     """Base of environments where a tool answers a call, and any other text is the final answer.
 
     The final answer ends the episode. `Problem.answer` is a pair of the question and its right
-    answer. Every call uses up a turn; `info` counts calls as `tool_calls` and failed ones as
+    answer. Every call uses up a turn; `info` counts calls as `tool_calls` and failed calls as
     `tool_errors`.
 
     Attributes:
@@ -38,7 +38,7 @@ class QuestionWithTools(GeneratedEnvironment):
 
     @property
     def tools(self) -> Sequence[Tool]:
-        """Tools that can be called."""
+        """Tools that the policy can call."""
         raise NotImplementedError
 
     def prompt(self, answer: Sequence[str]) -> str:

@@ -18,15 +18,16 @@ _CONSONANTS, _VOWELS = "bdfgklmnprstvz", "aeiou"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SearchQA(QuestionWithTools):
-    """Answering with a search tool: `search(Mara)` shows the passage with the best BM25 score.
+    """Question answering by search: `search(Mara)` shows the passage with the best BM25 score.
 
-    Any other text is taken as the answer and ends the episode. Answers are compared without regard
-    to case and final dots. The default corpus is synthetic and the same for every seed: people live
-    in towns, and each town has a river. `Which river is in the town of Mara?` takes two searches.
-    The option `path` replaces it by a folder: `passages.jsonl` with a `text` in each line, and
-    `questions.jsonl` with a `question` and an `answer` in each line. The scripted player searches
-    for the last word of the question (for the whole question with `path`), then with `hops=2` for
-    `river` and the last word of the result, and answers with the last word of the last result.
+    A text that is not a tool call is the final answer and ends the episode. Answers are compared
+    without regard to case and final dots. The default corpus is synthetic and the same for every
+    seed: people live in towns, and each town has a river. `Which river is in the town of Mara?`
+    takes two searches. The option `path` replaces this corpus by the files of a folder:
+    `passages.jsonl` with a `text` in each line, and `questions.jsonl` with a `question` and an
+    `answer` in each line. The scripted player searches for the last word of the question (with
+    `path`, for the whole question). With `hops=2` it then searches for `river` and the last word of
+    the result. The last word of the last result is the answer of the player.
 
     Attributes:
         people: Number of people in the synthetic corpus.
@@ -35,7 +36,7 @@ class SearchQA(QuestionWithTools):
         path: Folder with a corpus and questions of your own; empty for the synthetic corpus.
         top: Number of passages that a search shows.
         max_turns: Number of turns after which the episode is truncated.
-        malformed: Reward of a malformed action, an empty text; it uses up a turn.
+        malformed: Reward of a malformed action (an empty text), which uses up a turn.
         strict: Whether a malformed action ends the episode.
         seed: Seed of the order of problems.
         max_argument: Maximum number of characters of a call's argument; a longer call fails.

@@ -13,7 +13,7 @@ from train.rl.problems import at_least, at_most
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sokoban(GeneratedEnvironment):
-    """Sokoban: a board has a line for each row; `UUL` steps up twice, then left, and pushes boxes.
+    """Sokoban: a board has one line per row; `UUL` steps up twice, then left, and pushes boxes.
 
     `#` is a wall, `@` the player, `$` a box, `.` a goal, `*` a box on a goal, `+` the player on a
     goal, `-` floor. A step that is blocked changes nothing. Every level can be solved, but a wrong
@@ -24,11 +24,11 @@ class Sokoban(GeneratedEnvironment):
         width: Number of columns, including the outer walls.
         boxes: Number of boxes.
         walls: Number of wall cells inside the outer walls.
-        pulls: Number of random pulls of boxes away from their goals that make a level.
+        pulls: Number of random pulls (reversed pushes) that make a level from a solved board.
         moves: Maximum number of steps in one action.
         max_turns: Number of turns after which the episode is truncated.
-        malformed: Reward of a malformed action, a text other than 1 to `moves` of the letters U, D,
-            L and R; it uses up a turn.
+        malformed: Reward of a malformed action (a text other than 1 to `moves` of the letters U, D,
+            L and R), which uses up a turn.
         strict: Whether a malformed action ends the episode.
         seed: Seed of the order of problems.
     """

@@ -10,7 +10,7 @@ import numpy as np
 STEPS = {"U": (-1, 0), "D": (1, 0), "L": (0, -1), "R": (0, 1)}
 _MARKS = {"#": "#", "-": "", " ": "", "_": "", ".": ".", "$": "$", "*": "$.", "@": "@", "+": "@."}
 Cell = tuple[int, int]
-_ATTEMPTS = 1000  # to draw a level of which a box can be pulled; a third succeeds on small boards
+_ATTEMPTS = 1000  # to draw a level with a box that can be pulled; on small boards 1/3 succeed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,7 +160,7 @@ def generate(
         width: Number of columns, including the outer walls.
         boxes: Number of boxes.
         walls: Number of wall cells inside the outer walls.
-        pulls: Number of pulls.
+        pulls: Number of random pulls.
 
     Raises:
         ValueError: In 1000 attempts no level was found in which a box can be pulled off its goal.

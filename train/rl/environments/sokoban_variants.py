@@ -74,13 +74,13 @@ class SokobanVariants(InstructedEnvironment):
         paraphrases: Number of wordings of the prompt to sample from.
         restate: Whether each observation is a whole prompt of the new board, for policies that are
             shown one observation at a time.
-        height: Number of rows, including the outer walls; 0 for the number of the variant.
-        width: Number of columns, including the outer walls; 0 for the number of the variant.
-        boxes: Number of boxes; 0 for the number of the variant.
+        height: Number of rows, including the outer walls; 0 for the variant's number.
+        width: Number of columns, including the outer walls; 0 for the variant's number.
+        boxes: Number of boxes; 0 for the variant's number.
         walls: Number of wall cells inside the outer walls.
-        pulls: Number of random pulls of boxes away from their goals that make a level.
+        pulls: Number of random pulls (reversed pushes) that make a level from a solved board.
         max_turns: Number of steps after which the episode is truncated.
-        malformed: Reward of a malformed action, a text that does not name a step; it uses up a
+        malformed: Reward of a malformed action (a text that does not name a step), which uses up a
             turn.
         strict: Whether a malformed action ends the episode.
         seed: Seed of the order of problems and of names.

@@ -15,8 +15,8 @@ from train.rl.protocols import Environment
 from train.rl.scoring import safe_step
 from train.rl.types import Completion, Problem, Split, Turn
 
-_MOST_CUT = 8  # calls in a row before an environment is taken for one that hangs
-_MOST_HANGING = 64  # threads that a run may lose to calls that do not end
+_MOST_CUT = 8  # number of timeouts in a row after which an environment counts as hanging
+_MOST_HANGING = 64  # number of threads that a run may lose to calls that do not end
 
 
 class TimedOut(Exception):
@@ -24,7 +24,7 @@ class TimedOut(Exception):
 
 
 class PoolClosed(ValueError):
-    """Raised for a call that is given to a closed pool, or still waits when the pool is closed."""
+    """Raised for a call that is given to a closed pool, or is waiting when the pool is closed."""
 
     def __init__(self):
         super().__init__("the pool is closed and runs no more calls: make a new one")
@@ -39,6 +39,12 @@ def counted_step(
     return a `Turn`, or returns an observation that is not a text, or a reward or info that is not
     finite, is counted as `invalid_turns`. The episode then ends unsolved, the reward is the
     environment's `failure_value` (0 if it has none), and `Turn.error` is the reason.
+
+    Args:
+        environment: Environment to step.
+        problem: Problem of the episode, for error messages.
+        state: State of the episode before the action.
+        action: Response of the policy.
     """
     try:
         return safe_step(environment, problem, state, action)
@@ -52,7 +58,7 @@ def failed_turn(environment: Any, state: Any, counter: str, error: str | BaseExc
     Args:
         environment: Environment whose `failure_value` is the reward; 0 if it has none.
         state: State after the turn.
-        counter: Name of the counter of such failures.
+        counter: Name of the counter of this kind of failure, such as `timeouts`.
         error: Reason of the failure as a text, or the exception that caused it.
     """
     value = float(getattr(environment, "failure_value", 0.0))
@@ -74,7 +80,7 @@ def reason_of(error: BaseException) -> str:
 class _Job:
     """A call that a pool runs in its caller's context (context variables, NumPy's error handling).
 
-    The outcome of a `private` job is kept in the job alone, for the one caller that waits for it.
+    The outcome of a `private` job is stored only in the job, for the caller that waits for it.
     """
 
     key: Hashable
@@ -90,14 +96,14 @@ class _Job:
         """Run the call, and return its result or the exception that it raised."""
         try:
             return self.context.run(self.call)
-        except SystemExit as error:  # of a grader that is a command, say: no end of the run
+        except SystemExit as error:  # e.g. of a grader: it must not end the run
             return RuntimeError(f"the call ended by sys.exit({error.code})")
-        except BaseException as error:  # whoever takes the outcome decides
+        except BaseException as error:  # whoever takes the outcome decides what to do
             return error
 
 
 class _Workers:
-    """Threads of a pool and their jobs, without a reference to the pool, so that it can be freed.
+    """Threads of a pool and their jobs, without a reference to the pool, which can thus be freed.
 
     Args:
         threads: Maximum number of threads that can take a job.
@@ -112,9 +118,9 @@ class _Workers:
         self.finished: list[_Job] = []
         self.closed = False
         self.hung = 0
-        self.hanging = 0  # of them, those that have not ended since
+        self.hanging = 0  # number of abandoned calls that are still running
         self._threads = threads
-        self._alive = 0  # without those that hang
+        self._alive = 0  # number of threads, without those whose call was abandoned
 
     def put(self, job: _Job) -> None:
         with self.changed:
@@ -125,7 +131,7 @@ class _Workers:
             self.changed.notify_all()
 
     def wait(self, enough: Callable[[], bool]) -> None:
-        """Wait until `enough()`, and abandon jobs over the limit; the caller holds `changed`."""
+        """Wait until `enough()` is true, and abandon late jobs; the caller holds `changed`."""
         while True:
             self._cut()
             if enough():
@@ -185,7 +191,7 @@ class _Workers:
                 self.changed.notify_all()
             outcome = job.run()
             with self.changed:
-                if job.done:  # it was cut, and another thread has taken this one's position
+                if job.done:  # it was abandoned, and another thread has replaced this one
                     self.hanging -= 1
                     return
                 self.running.remove(job)
@@ -194,12 +200,12 @@ class _Workers:
 
 
 class StepPool:
-    """Daemon threads that run calls with a time limit and return results as they finish.
+    """Pool of daemon threads that runs calls with a time limit for each call.
 
-    A thread cannot be stopped. If a call exceeds the limit while somebody waits for an outcome, its
-    thread is abandoned and replaced. The abandoned call goes on running beside later calls, but
-    nothing waits for it, not even the end of the process. Threads start when there are calls, and
-    end when the pool is closed or garbage-collected.
+    A thread cannot be stopped. If a call exceeds the limit while a caller waits for an outcome, its
+    thread is abandoned and replaced. The abandoned call keeps running in parallel with later calls,
+    but nothing waits for it, not even the end of the process. Threads start when there are calls,
+    and end when the pool is closed or garbage-collected.
 
     Args:
         threads: Maximum number of calls that run at the same time, abandoned calls not counted.
@@ -234,13 +240,13 @@ class StepPool:
         return self._workers.closed
 
     def submit(self, key: Hashable, call: Callable[[], Any], serial: bool = False) -> None:
-        """Run a call as soon as a thread is free; returns at once.
+        """Schedule a call for the next free thread, and return without waiting for the call.
 
         Args:
             key: Key under which `ready` returns the outcome of the call.
             call: Function without arguments.
             serial: Whether the call must not run at the same time as another serial call of this
-                pool. The time that it waits does not count towards the limit.
+                pool. The time that a call waits does not count towards the limit.
 
         Raises:
             PoolClosed: The pool is closed; a subclass of `ValueError`.
@@ -248,10 +254,11 @@ class StepPool:
         self._workers.put(_Job(key, call, serial))
 
     def ready(self, least: int = 1) -> list[tuple[Hashable, Any]]:
-        """Wait for calls given to `submit`, and return the outcomes of those that have finished.
+        """Wait for submitted calls to finish, and return the outcomes of all finished calls.
 
         Args:
-            least: Number of outcomes to wait for; if there are fewer calls, it waits for all.
+            least: Number of outcomes to wait for. If fewer calls were submitted, this method waits
+                for all of them.
 
         Returns:
             Pairs of key and outcome in the order in which the calls ended. An outcome is the call's
@@ -289,7 +296,7 @@ class StepPool:
         return job.outcome
 
     def close(self) -> None:
-        """Close the pool: waiting calls get `PoolClosed`, threads end after their present call."""
+        """Close the pool: waiting calls get `PoolClosed`, threads end after their current call."""
         self._end()
 
 
@@ -300,8 +307,8 @@ class FailedState:
     Attributes:
         counter: Name of the counter of the failure, such as `timeouts`.
         error: Reason of the failure.
-        over: Whether the failed last turn was already returned. False after a failed reset, whose
-            failure the first step returns.
+        over: Whether the failed last turn was already returned. False after a failed reset: the
+            first step then returns the failed turn.
     """
 
     counter: str
@@ -311,16 +318,16 @@ class FailedState:
 
 @dataclasses.dataclass(frozen=True)
 class TimeLimited(EnvironmentWrapper):
-    """An environment whose errors and hanging calls end an episode instead of the run.
+    """Wrapper of an environment whose errors and hanging calls end the episode, not the run.
 
     A step or a reset that takes longer than the limit makes its episode a failure, counted as
     `timeouts`. Other failures are counted as in `counted_step`. A failed reset is reported by the
-    first step after it. An abandoned call goes on running beside later ones, so an environment
-    whose steps change shared state (a server, the process's random generators) must limit its own
-    steps.
+    first step after it. An abandoned call keeps running in parallel with later calls, so an
+    environment whose steps change shared state (a server, the process's random generators) must
+    itself limit the time of its steps.
 
     Attributes:
-        environment: Environment to wrap; put other wrappers inside this one.
+        environment: Environment to wrap; other wrappers belong inside this one.
         limit_s: Number of seconds after which a step, a reset or the making of a problem is
             abandoned. None sets no limit and calls the environment on the caller's thread.
 
@@ -341,7 +348,7 @@ class TimeLimited(EnvironmentWrapper):
         return self.__dict__["_cuts"]
 
     def raise_if_hanging(self) -> None:
-        """Raise a `ValueError` after 8 timeouts without a normal step, or with 64 calls hanging."""
+        """Raise a `ValueError` after 8 timeouts in a row, or if 64 abandoned calls still run."""
         pool: StepPool | None = self.__dict__["_pool"]
         if pool is not None and pool.hanging >= _MOST_HANGING:
             raise ValueError(
@@ -377,7 +384,7 @@ class TimeLimited(EnvironmentWrapper):
             return FailedState(counter_of(error), reason_of(error), over=False)
 
     def step(self, state: Any, action: Completion) -> Turn:
-        """Return the turn after an action, a failed last turn if the step or the reset failed.
+        """Return the turn after an action: a failed last turn if the step or the reset failed.
 
         Raises:
             ValueError: A failed last turn was already returned for this episode.
@@ -390,7 +397,7 @@ class TimeLimited(EnvironmentWrapper):
             turn = self._call(lambda: counted_step(self.environment, action.problem, state, action))
         except TimedOut as error:
             turn = self._failed("timeouts", str(error))
-        # An environment may have a limit of its own, too, and may count what it calls timeouts.
+        # An environment with its own time limit may count `timeouts`, too.
         if turn.terminated and turn.error and turn.info.get("timeouts"):
             self._reasons.append(turn.error)
         else:
@@ -406,7 +413,7 @@ class TimeLimited(EnvironmentWrapper):
 
 
 class TimeLimits:
-    """Wraps each environment of a run once, so that its timeouts are counted over the whole run.
+    """Registry of one `TimeLimited` wrapper per environment, which counts timeouts over a run.
 
     Args:
         limit_s: Number of seconds after which a call of an environment is abandoned; None for no
@@ -418,7 +425,7 @@ class TimeLimits:
         self._made: list[TimeLimited] = []
 
     def of(self, environment: Environment) -> TimeLimited:
-        """Return the environment wrapped in `TimeLimited`, the same wrapper in every call."""
+        """Return the `TimeLimited` wrapper of an environment, the same wrapper in every call."""
         for made in self._made:
             if made.environment is environment:
                 return made

@@ -121,7 +121,7 @@ class ToolState:
         calls: Number of tool calls so far.
         failed: Number of tool calls so far that failed.
         over: Whether the episode was terminated or truncated.
-        info: Info of the wrapped environment's last turn, which turns with tool calls repeat.
+        info: Info of the wrapped environment's last turn, repeated in turns with tool calls.
     """
 
     inner: Any
@@ -136,12 +136,12 @@ class ToolEnvironment(EnvironmentWrapper):
     """An environment with tools: a call is answered by its tool, any other text by the environment.
 
     A call does not use up one of the wrapped environment's turns. After `max_calls` calls, further
-    ones are passed to the environment like any other text. The info of each turn counts calls as
-    `tool_calls` and failed ones as `tool_errors`.
+    calls are passed to the environment like any other text. The info of each turn counts calls as
+    `tool_calls` and failed calls as `tool_errors`.
 
     Attributes:
         environment: Environment to wrap.
-        tools: Tools that can be called; of tools with the same name the first is called.
+        tools: Tools that can be called; if several tools have the same name, the first is called.
         max_calls: Maximum number of calls in an episode.
         tool_reward: Reward of a call that did not fail.
         max_argument: Maximum number of characters of a call's argument; a longer call fails.
@@ -170,7 +170,7 @@ class ToolEnvironment(EnvironmentWrapper):
 
     @property
     def max_turns(self) -> int | None:
-        """Maximum number of turns with calls included; None if the environment defines none."""
+        """Maximum number of turns, including calls; None if the environment has no maximum."""
         turns = super().max_turns
         return None if turns is None else turns + self.max_calls
 

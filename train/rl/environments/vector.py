@@ -19,7 +19,7 @@ from train.rl.types import Completion, Problem, Split, Turn
 
 Autoreset = Literal["next_step", "same_step", "disabled"]
 _FAILURES = ("timeouts", "scorer_errors", "invalid_turns")
-_RESETS = 3  # problems that a slot tries to begin from
+_RESETS = 3  # maximum number of problems with which a slot tries to begin an episode
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,8 +50,8 @@ class VectorStep:
     """Transition of one slot after an action.
 
     Attributes:
-        observation: Text to act on next. This is the observation of the turn, or the prompt of a
-            new episode if `fresh`.
+        observation: Text that the next action answers. This is the observation of the turn, or the
+            prompt of a new episode if `fresh`.
         reward: Reward of the action. In the mode "next_step" it is 0 for an action that only began
             a new episode.
         terminated: Whether the action has ended the episode.
@@ -75,7 +75,7 @@ class VectorStep:
 
 @dataclasses.dataclass
 class _Slot:
-    """An environment with its present episode; only the caller's thread changes a slot."""
+    """An environment with its current episode; only the caller's thread changes a slot."""
 
     environment: Environment
     rng: np.random.Generator
@@ -84,13 +84,13 @@ class _Slot:
     rewards: list[float] = dataclasses.field(default_factory=list)
     over: bool = False
     busy: bool = False
-    turn: Turn | None = None  # that waits for the reset of the mode "same_step"
-    resets: int = 0  # that have failed one after the other
-    failure: ValueError | None = None  # why it began no episode; raised once
+    turn: Turn | None = None  # last turn, kept until the reset of the mode "same_step"
+    resets: int = 0  # number of failed resets in a row
+    failure: ValueError | None = None  # why the slot could not begin an episode; raised once
 
 
 class VectorEnvironment:
-    """Environments in slots, each of which plays one episode after the other.
+    """Vector of environments that step in parallel; each has a slot and plays many episodes.
 
     The problems of a slot depend only on the seed and the slot's index, not on the speed of other
     slots. The mode `autoreset` decides what follows the last turn of an episode:
@@ -105,17 +105,17 @@ class VectorEnvironment:
     transitions of other slots are not lost.
 
     Args:
-        environments: Environment of each slot. Several slots may share one object.
+        environments: Environment of each slot. Several slots may share one environment object.
         autoreset: Mode of what follows the last turn of an episode.
         seed: Seed of the problems.
         split: Split of the problems.
         threads: Number of environments that step at the same time; None for one thread per slot, at
-            most 64. Only one of the environments that are `serial` steps at a time.
+            most 64. Only one environment with `serial` steps at a time.
         limit_s: Number of seconds after which a step or a reset is abandoned and counted as failed.
 
     Attributes:
-        counts: Number of failures by counter: `timeouts`, `scorer_errors` and `invalid_turns` for
-            steps, `reset_failures` for resets.
+        counts: Mapping from counter to number of failures: `timeouts`, `scorer_errors` and
+            `invalid_turns` for steps, `reset_failures` for resets.
 
     Raises:
         ValueError: `environments` is empty, the mode is unknown, an environment has no problems of
@@ -168,8 +168,8 @@ class VectorEnvironment:
         """Begin new episodes, and wait for all of them.
 
         Args:
-            slots: Indices of slots that begin a new episode, even if their present one is not over;
-                all slots by default.
+            slots: Indices of the slots that begin a new episode, even if their current episode is
+                not over; all slots by default.
 
         Returns:
             A dict from slot to the prompt of its new episode.
@@ -194,9 +194,9 @@ class VectorEnvironment:
 
         Raises:
             ValueError: A slot does not exist, is still stepping or has a transition to receive; a
-                slot has no episode that goes on (in the mode "next_step" an ended one is allowed);
+                slot has no running episode (in the mode "next_step" an ended episode is allowed);
                 the environments are closed; or an earlier attempt to begin an episode failed. No
-                slot acts then.
+                slot acts if this error is raised.
         """
         self._raise_failure()
         self._check(list(actions))
@@ -218,7 +218,8 @@ class VectorEnvironment:
         """Wait for slots that are stepping, and return the transitions of those that are ready.
 
         Args:
-            least: Number of slots to wait for; if fewer are stepping, it waits for all of them.
+            least: Number of slots to wait for. If fewer slots are stepping, this method waits for
+                all of them.
 
         Returns:
             A dict from slot to its transition.
@@ -248,8 +249,8 @@ class VectorEnvironment:
             A dict from slot to its transition, for the slots that acted.
 
         Raises:
-            ValueError: The length of the sequence is not the number of slots, or the conditions of
-                `send` and `receive`.
+            ValueError: The length of the sequence is not the number of slots, or `send` or
+                `receive` raises.
         """
         if not isinstance(actions, Mapping):
             if isinstance(actions, str) or len(actions) != len(self):
@@ -312,7 +313,7 @@ class VectorEnvironment:
         for slot, outcome in self._pool.ready(least):
             try:
                 self._settle(cast(int, slot), outcome)
-            except Exception as error:  # of what the environment says of itself
+            except Exception as error:  # e.g. of the environment's `sizes`
                 name = type(self._slots[cast(int, slot)].environment).__name__
                 failure = ValueError(f"{name}: {type(error).__name__}: {error}")
                 failure.__cause__ = error

@@ -1,4 +1,4 @@
-"""Base of environment wrappers, which delegates everything but `step` to the environment."""
+"""Base of environment wrappers, which delegates everything except `step`."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -33,12 +33,12 @@ class EnvironmentWrapper:
 
     @property
     def max_turns(self) -> int | None:
-        """Maximum number of turns of an episode; None if the environment defines none."""
+        """Maximum number of turns of an episode; None if the environment has no maximum."""
         return getattr(self.environment, "max_turns", None)
 
     @property
     def failure_value(self) -> float:
-        """Reward of an episode that fails; 0 if the environment defines none."""
+        """Reward of an episode that fails; 0 if the environment does not define this reward."""
         return float(getattr(self.environment, "failure_value", 0.0))
 
     @property
@@ -48,7 +48,7 @@ class EnvironmentWrapper:
 
     @property
     def random_action(self) -> Any:
-        """Function of the wrapped environment that returns a random action.
+        """Random player of the environment, a function `(shown, rng)` that returns an action.
 
         Raises:
             AttributeError: The environment has no random player.
@@ -57,7 +57,7 @@ class EnvironmentWrapper:
 
     @property
     def scripted_action(self) -> Any:
-        """Scripted player of the environment.
+        """Scripted player of the environment, a function `(shown, rng)` that returns an action.
 
         Raises:
             AttributeError: The environment has no scripted player.

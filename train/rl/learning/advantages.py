@@ -1,9 +1,9 @@
 """Advantage functions on arrays: rewards compared within groups, or over the batch.
 
 Advantages are computed on the host in float64, over all groups of a step, before rows are split
-into minibatches. Groups are named by arbitrary integers and may be of any sizes. Rows that are not
-`valid` are padding: they may hold anything, including NaN; they get the advantage 0 and do not
-change other rows.
+into minibatches. Group ids are arbitrary integers, and groups may have any sizes. Rows that are not
+`valid` are padding: their values may be anything, including NaN, their advantage is 0, and they do
+not change other rows.
 
 In `grpo`, `dr_grpo`, `rloo` and `reinforce_pp_baseline`, a row that is alone in its group gets
 exactly 0, and so do all rows of a group with equal rewards. (In some other implementations a lone
@@ -72,8 +72,8 @@ def grpo(
     """Compute GRPO advantages: (R - mean) / (std + eps), with mean and std of the group.
 
     Args:
-        reward: Reward of each row, `[K]`.
-        group: Group of each row, `[K]` int.
+        reward: Reward R of each of `K` rows, `[K]`.
+        group: Id of the group of each row, `[K]` int.
         valid: Rows that are not padding, `[K]` bool.
         eps: Constant added to the standard deviation.
         ddof: Delta degrees of freedom of the standard deviation: 1 for the sample standard
@@ -92,15 +92,18 @@ def grpo(
 
 
 def dr_grpo(reward: np.ndarray, group: np.ndarray, valid: np.ndarray) -> np.ndarray:
-    """Compute Dr. GRPO advantages: R - mean of the group, `[K]` float64; arguments as in `grpo`."""
+    """Compute Dr. GRPO advantages: reward minus mean reward of the group.
+
+    Arguments and result are as in `grpo`.
+    """
     groups = _grouped(reward, group, valid)
     return groups.spread(groups.deviation, len(reward))
 
 
 def rloo(reward: np.ndarray, group: np.ndarray, valid: np.ndarray) -> np.ndarray:
-    """Compute RLOO advantages: R - mean R of the other rows of the group, `[K]` float64.
+    """Compute RLOO advantages: reward minus mean reward of the other rows of the group.
 
-    Arguments are as in `grpo`.
+    Arguments and result are as in `grpo`.
     """
     groups = _grouped(reward, group, valid)
     scale = groups.size / np.maximum(groups.size - 1, 1)
@@ -110,7 +113,7 @@ def rloo(reward: np.ndarray, group: np.ndarray, valid: np.ndarray) -> np.ndarray
 def reinforce_pp_baseline(
     reward: np.ndarray, group: np.ndarray, valid: np.ndarray, eps: float = 1e-6
 ) -> np.ndarray:
-    """Compute REINFORCE++ advantages with a baseline: D / (std(D) + eps), D = R - group mean.
+    """Compute REINFORCE++ advantages with a baseline: D / (std(D) + eps), where D = R - group mean.
 
     The standard deviation std(D) is over all valid rows of the batch. The mean of D over the batch
     is 0 and need not be subtracted. The population standard deviation is used, which gives the
@@ -118,8 +121,8 @@ def reinforce_pp_baseline(
     deviation, but over all tokens of a batch, where the two hardly differ.)
 
     Args:
-        reward: Reward of each row, `[K]`, of groups that dynamic sampling has kept.
-        group: Group of each row, `[K]` int.
+        reward: Reward R of each of `K` rows, `[K]`, of groups that dynamic sampling has kept.
+        group: Id of the group of each row, `[K]` int.
         valid: Rows that are not padding, `[K]` bool.
         eps: Constant added to the standard deviation.
 
@@ -146,10 +149,10 @@ def rebn(returns: np.ndarray, eps: float = 1e-9) -> np.ndarray:
 
 
 def whiten(values: np.ndarray, eps: float = 1e-9) -> np.ndarray:
-    """Normalise values `[N]` of a batch to mean 0 and population standard deviation 1.
+    """Normalise the values of a batch to mean 0 and population standard deviation 1.
 
     Args:
-        values: Values of the batch, `[N]`.
+        values: The `N` values of the batch, `[N]`.
         eps: Constant added to the standard deviation.
 
     Returns:
@@ -166,7 +169,8 @@ def gae(reward: np.ndarray, value: np.ndarray, discount: np.ndarray, lam: float)
     δ_t = r_t + γ_t V_{t+1} - V_t and A_t = δ_t + γ_t λ A_{t+1}, with V = A = 0 after the last step.
 
     Args:
-        reward: Reward after each step, `[N, T]` float64; 0 in padding, which is on the right.
+        reward: Reward after each of `T` steps, `[N, T]` float64; 0 in padding, which is on the
+            right.
         value: Value of the state before each step, `[N, T]` float64; 0 in padding.
         discount: Discount γ_t of rewards after each step, `[N, T]`; any finite number in padding.
         lam: Decay of later TD errors (λ): 0 gives one-step TD errors, 1 gives returns minus values.
@@ -208,12 +212,12 @@ def discounted_returns(rewards: Sequence[float], gamma: float) -> np.ndarray:
 
 
 def in_mixed_group(verdict: np.ndarray, group: np.ndarray, valid: np.ndarray) -> np.ndarray:
-    """Select the rows that dynamic sampling (DAPO) keeps: rows of groups with different verdicts.
+    """Select the rows that dynamic sampling (DAPO) keeps: rows of groups whose verdicts differ.
 
     Args:
-        verdict: Verdict of the verifier on each row, `[K]`: 0 or 1, or more values where an answer
-            may also abstain. Rewards do not serve, since penalties make them vary.
-        group: Group of each row, `[K]` int.
+        verdict: Verdict of the verifier on each of `K` rows, `[K]`: 0 or 1, or more values where an
+            answer may also abstain. Rewards are not used, since penalties make rewards differ.
+        group: Id of the group of each row, `[K]` int.
         valid: Rows that are not padding, `[K]` bool.
 
     Returns:

@@ -12,7 +12,7 @@ from train.rl.types import Episodes, Trajectory
 def assign_advantages(
     trajectories: Sequence[Trajectory], episodes: Episodes, config: Any
 ) -> list[np.ndarray]:
-    """Shape rewards and estimate advantages by the parts of a run.
+    """Compute the advantages of a step: reward shaping, advantage estimation and clipping.
 
     Args:
         trajectories: Rows that are trained on.
@@ -21,8 +21,8 @@ def assign_advantages(
             `advantage_clip` are applied.
 
     Returns:
-        Advantages of the tokens of each trajectory, `[L]` float64 each. A trajectory with
-        `advantages` of its strategy keeps those, unclipped.
+        Advantages of the tokens of each trajectory, `[L]` float64 for a trajectory of `L` tokens.
+        Where the rollout strategy has set `Trajectory.advantages`, these are returned unclipped.
     """
     reward = shaped_rewards(trajectories, episodes, config)
     found = config.parts.advantage.of_tokens(trajectories, episodes, reward)
@@ -63,7 +63,7 @@ def spread_over_tokens(
         episodes: `N` episodes.
 
     Returns:
-        Advantages of the tokens of each row, `[L]` float64 each.
+        Advantages of the tokens of each row, `[L]` float64 for a row of `L` tokens.
     """
     found = [np.zeros(0)] * len(trajectories)
     for rows, value in zip(episodes.rows, advantage, strict=True):
@@ -83,8 +83,8 @@ def turn_advantages(
         gamma: Discount of the rewards of later turns (γ).
 
     Returns:
-        Advantages of the tokens of each row, `[L]` float64 each. A token that the policy generated
-        has the normalised return of its turn.
+        Advantages of the tokens of each row, `[L]` float64 for a row of `L` tokens. A token that
+        the policy generated has the normalised return of its turn.
 
     Raises:
         ValueError: An episode has more or fewer rewards than responses.
@@ -103,8 +103,9 @@ def turn_advantages(
         for index in rows:
             row = trajectories[index]
             found[index] = np.zeros(len(row.tokens))
-            for offset, begin in enumerate(row.begins):  # up to the next turn; only what is
-                found[index][begin:] = normalised[row.turn + offset]  # trained counts
+            # Each turn overwrites the rest of the row; observations are not trained.
+            for offset, begin in enumerate(row.begins):
+                found[index][begin:] = normalised[row.turn + offset]
     return found
 
 
@@ -117,10 +118,10 @@ def token_advantages(
 ) -> list[np.ndarray]:
     """Compute GAE over the generated tokens of each episode, across its turns and rows.
 
-    The last generated token of a turn receives the reward of the turn, and it is the only token
-    after which γ discounts. The last generated token of an episode also receives what reward
-    shaping has added. A truncated episode ends like any other: its return is not bootstrapped from
-    a value.
+    The last generated token of a turn receives the reward of the turn, and γ discounts only after
+    this token. The last generated token of an episode also receives what reward shaping has added.
+    A truncated episode is treated like a terminated episode: its return is not bootstrapped from a
+    value.
 
     Args:
         trajectories: Rows of the episodes. Rows without `values` count as having values of 0.
@@ -130,8 +131,8 @@ def token_advantages(
         lam: Decay of later TD errors, per token (λ).
 
     Returns:
-        Advantages of the tokens of each row, `[L]` float64 each; 0 for tokens that the policy did
-        not generate.
+        Advantages of the tokens of each row, `[L]` float64 for a row of `L` tokens; 0 for tokens
+        that the policy did not generate.
 
     Raises:
         ValueError: An episode has more or fewer rewards than responses, or an empty response.
@@ -161,7 +162,7 @@ def whiten_tokens(
 
     Args:
         trajectories: Rows of the batch.
-        advantages: Advantages of the tokens of each row, `[L]` each.
+        advantages: Advantages of the tokens of each row, `[L]` for a row of `L` tokens.
 
     Returns:
         Normalised advantages, `[L]` float64 each; 0 for tokens that the policy did not generate.

@@ -37,7 +37,7 @@ class ValueLoss:
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Compute the loss of each token.
 
-        Only `values` gets a gradient. Entries of tokens that do not count may be NaN.
+        Only `values` gets a gradient. Entries where `counts` is False may be NaN.
 
         Args:
             values: Value of the state before each token under the parameters being optimised,
@@ -45,10 +45,10 @@ class ValueLoss:
             old: Value of the state before each token under the parameters that collected the batch,
                 `[K, L]`.
             returns: Target of the value: the return from each token on, `[K, L]`.
-            counts: Tokens that count, `[K, L]` bool.
+            counts: Loss mask, `[K, L]` bool.
 
         Returns:
-            Loss of each token, `[K, L]`, 0 for tokens that do not count; and a dict of sums over
+            Loss of each token, `[K, L]`, 0 outside of the loss mask; and a dict of sums over
             tokens: `value_loss` without the weight c, and `value_clipped`, the number of values
             whose gradient the clip sets to 0.
         """
@@ -88,14 +88,14 @@ def with_value_rate(
 
 
 def value_metrics(rows: Mapping[str, np.ndarray]) -> dict[str, float]:
-    """Measure the values of a step, before its update, over all trained tokens.
+    """Compute metrics of the value head before an update, over all trained tokens of a step.
 
     Args:
         rows: Rows of `make_rows` with `values` V and `returns` R.
 
     Returns:
         The mean `value`, and `explained_variance`, 1 - Var(R - V) / Var(R): 1 for perfect values, 0
-        for constant values, negative for worse ones; 0 too where the returns do not vary.
+        for constant values, negative for worse values; also 0 where the returns do not vary.
     """
     counts = rows["trained"] & rows["valid"][:, None]
     values, returns = (rows[name][counts].astype(np.float64) for name in ("values", "returns"))

@@ -19,7 +19,7 @@ from train.rl.types import Episodes, Trajectory
 
 @dataclasses.dataclass(frozen=True)
 class Advantage:
-    """Base of all advantage estimators.
+    """Base of all advantage estimators, which turn rewards of episodes into advantages of tokens.
 
     A new estimator is a frozen dataclass with a `word` and with options as fields. It overrides
     `estimate`, or `of_tokens` if the tokens of one episode have different advantages. Adding the
@@ -33,7 +33,7 @@ class Advantage:
     """Whether rollouts of one problem are compared, so that a problem needs at least two."""
 
     by_turn: ClassVar[bool] = False
-    """Whether the estimator reads the rewards of turns, not the shaped rewards of episodes."""
+    """Whether the estimator uses the rewards of turns, not the shaped rewards of episodes."""
 
     @property
     def critic(self) -> ValueLoss | None:
@@ -48,9 +48,9 @@ class Advantage:
     def value_targets(
         self, trajectories: Sequence[Trajectory], episodes: Episodes, reward: np.ndarray
     ) -> list[np.ndarray]:
-        """Compute the returns that a value head learns to predict, `[L]` float64 per trajectory.
+        """Compute the returns that a value head learns to predict.
 
-        Arguments are as in `of_tokens`.
+        Arguments and shapes are as in `of_tokens`.
         """
         raise NotImplementedError(f"{type(self).__name__} has no value head")
 
@@ -58,7 +58,7 @@ class Advantage:
         """Estimate the advantage of each episode, `[N]` float64.
 
         Args:
-            reward: Shaped reward of each episode, `[N]` float64.
+            reward: Shaped reward of each of `N` episodes, `[N]` float64.
             group: Index of the problem of each episode, `[N]` int.
             valid: Episodes that are not padding, `[N]` bool.
         """
@@ -67,7 +67,7 @@ class Advantage:
     def of_tokens(
         self, trajectories: Sequence[Trajectory], episodes: Episodes, reward: np.ndarray
     ) -> list[np.ndarray]:
-        """Estimate advantages of tokens; by default, all tokens have the advantage of the episode.
+        """Estimate advantages of tokens: by default, each token has the advantage of its episode.
 
         Args:
             trajectories: Rows that are trained on.
@@ -75,7 +75,8 @@ class Advantage:
             reward: Shaped reward of each episode, `[N]` float64.
 
         Returns:
-            Advantages of the tokens of each trajectory, `[L]` float64 each.
+            Advantages of the tokens of each trajectory, `[L]` float64 for a trajectory of `L`
+            tokens.
         """
         found = self.estimate(reward, episodes.group, episodes.valid)
         return spread_over_tokens(found, trajectories, episodes)
@@ -83,7 +84,7 @@ class Advantage:
 
 @dataclasses.dataclass(frozen=True)
 class GroupNormalized(Advantage):
-    """Deviation from the mean of the group, divided by its standard deviation (GRPO)."""
+    """Reward minus the mean reward of the group, divided by the group's std (GRPO)."""
 
     word: ClassVar[str] = "grpo"
 
@@ -93,7 +94,7 @@ class GroupNormalized(Advantage):
 
 @dataclasses.dataclass(frozen=True)
 class GroupCentered(Advantage):
-    """Deviation from the mean of the group (Dr. GRPO)."""
+    """Reward minus the mean reward of the group (Dr. GRPO)."""
 
     word: ClassVar[str] = "dr_grpo"
 
@@ -103,7 +104,7 @@ class GroupCentered(Advantage):
 
 @dataclasses.dataclass(frozen=True)
 class LeaveOneOut(Advantage):
-    """Deviation from the mean of the other rollouts of the group (RLOO)."""
+    """Reward minus the mean reward of the other rollouts of the group (RLOO)."""
 
     word: ClassVar[str] = "rloo"
 
@@ -113,7 +114,7 @@ class LeaveOneOut(Advantage):
 
 @dataclasses.dataclass(frozen=True)
 class BatchNormalized(Advantage):
-    """Deviation from the mean of the group, over its std in the whole batch (REINFORCE++)."""
+    """Reward minus the group mean, divided by the batch std of these differences (REINFORCE++)."""
 
     word: ClassVar[str] = "reinforce_pp"
 
@@ -147,16 +148,17 @@ class ReturnBatchNormalized(Advantage):
 
 @dataclasses.dataclass(frozen=True)
 class TreeCentered(Advantage):
-    """Value of a token's node minus the mean outcome of the tree's terminals (DeepSearch).
+    """Value of a token's tree node minus the mean outcome of the group's terminals (DeepSearch).
 
     The outcome of a terminal is 1 for a success and -1 for a failure, plus the change by reward
-    shaping, which is also added to the node values of its episode. In a group without a tree, the
-    advantage is the deviation of the reward from the mean of the group.
+    shaping, which is also added to the node values of the terminal's episode. In a group without a
+    tree, the advantage is the reward minus the mean reward of the group.
 
     Attributes:
-        one_sided: Advantages in a tree whose terminals all succeed or all fail: "zero", as in any
-            group, or "keep", as in the authors' code, which reinforces prefixes where all terminals
-            fail and weakens prefixes where all succeed.
+        one_sided: Advantages in a tree whose terminals all succeed or all fail: "zero" sets the
+            advantages to 0, as for any group of equal rewards; "keep" leaves them, as in the
+            authors' code, which reinforces prefixes where all terminals fail and weakens prefixes
+            where all succeed.
     """
 
     word: ClassVar[str] = "tree"
@@ -194,7 +196,7 @@ class TreeCentered(Advantage):
 
 @dataclasses.dataclass(frozen=True)
 class GAE(Advantage):
-    """Generalised advantage estimation by a value head on the policy (PPO).
+    """Generalised advantage estimation with a value head on the policy (PPO).
 
     A step is a token, as in TRL and verl: δ_t = r_t + γ_t V_{t+1} - V_t, A_t = δ_t + γ_t λ A_{t+1}
     over all tokens that the policy generated in an episode. Prompts, observations and latents are
@@ -207,7 +209,8 @@ class GAE(Advantage):
         gamma: Discount of the rewards of later turns (γ), above 0 and at most 1.
         lam: Decay of the TD errors of later tokens (λ), from 0 to 1.
         whiten: Whether advantages are normalised to mean 0 and standard deviation 1 over all
-            generated tokens of the batch. The targets of the value head, A_t + V_t, are not.
+            generated tokens of the batch. The targets of the value head, A_t + V_t, are not
+            normalised.
         value_clip: Clipping range of a value around its value when the batch was collected, in
             units of the reward (TRL: 0.2); None for no clipping.
         value_coef: Weight of the value loss, half a squared error, relative to the policy's loss.
@@ -235,7 +238,7 @@ class GAE(Advantage):
             raise ValueError(f"gamma={self.gamma}: choose more than 0 and at most 1")
         if not 0 <= self.lam <= 1:
             raise ValueError(f"lam={self.lam}: choose from 0 to 1")
-        _ = self.critic  # which checks the options that are its
+        _ = self.critic  # its constructor checks the options of the value loss
 
     @property
     def critic(self) -> ValueLoss:

@@ -24,7 +24,10 @@ from train.rl.rollout.sampler import Sampling
 
 
 class Programs(NamedTuple):
-    """Jitted functions of a learner, compiled once for each bucket of rows and of lengths.
+    """Jitted functions of a learner, compiled once for each bucket of row counts and row lengths.
+
+    `weights` are all variables of the policy (`TrainState.weights`); `K` is the number of rows, `L`
+    their length in tokens.
 
     Attributes:
         step: Train step `(state, rows) -> (state, metrics)`; the state is donated.
@@ -40,7 +43,7 @@ class Programs(NamedTuple):
 
 
 class _Same:
-    """Key of a cache that compares its value by identity."""
+    """Cache key whose value is compared by identity."""
 
     def __init__(self, value: Any):
         self.value = value
@@ -61,13 +64,13 @@ def _programs(
     max_length: int,
     accumulate: int,
 ) -> Programs:
-    """Make the programs of a `Trainable`; equal arguments return the same programs."""
+    """Make the programs of a `Trainable`; calls with equal arguments return the same programs."""
     of: Trainable = trainable.value
 
     def policy_loss(
         model: FinetunableModel, rows: dict[str, jax.Array], key: jax.Array
     ) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
-        """Compute the loss of rows, as `train.engine.step.Loss`; the random key is not used."""
+        """Compute the loss of rows, as a `train.engine.step.Loss`; the PRNG key is not used."""
         del key
         rows, values = flat(rows), None
         if critic is None:
@@ -109,7 +112,7 @@ def _programs(
 
 
 class Learner:
-    """Makes optimizer steps on rows of `train.rl.rollout.rows.make_rows`.
+    """Policy optimizer, which scores padded rows (`make_rows`) and makes optimizer steps on them.
 
     Learners of one `Trainable` with equal options share compiled programs.
 
@@ -150,12 +153,12 @@ class Learner:
         """Compute log-probabilities of rows, a micro-batch at a time.
 
         Args:
-            weights: Weights of the policy (`TrainState.weights`).
+            weights: Variables of the policy (`TrainState.weights`).
             rows: Rows of `make_rows`.
 
         Returns:
             Log-probabilities of generated tokens, or of a trigger's decisions where a trigger is
-            trained, `[K, L]` float32.
+            trained, `[K, L]` float32 for `K` rows of `L` tokens.
         """
         return self._scored(self.programs.score, weights, rows)
 
@@ -163,11 +166,11 @@ class Learner:
         """Compute log-probabilities of tokens and values of the states before them.
 
         Args:
-            weights: Weights of a policy with a value head.
+            weights: Variables of a policy with a value head (`TrainState.weights`).
             rows: Rows of `make_rows`.
 
         Returns:
-            Log-probabilities and values, `[K, L]` float32 each.
+            Log-probabilities and values, `[K, L]` float32 each for `K` rows of `L` tokens.
 
         Raises:
             FloatingPointError: A value of a trained token is NaN or infinite.
@@ -179,7 +182,7 @@ class Learner:
         return log_probs, values
 
     def _scored(self, program: Callable[[Any, Any], Any], weights: Any, rows: Rows) -> Any:
-        # Without these it is one program.
+        # Without these arrays, all calls share one program.
         rows = {name: rows[name] for name in rows if name not in ("old", "reference")}
         branches, width = self._branches(rows, self._config.minibatches), rows["tokens"].shape[1]
         if branches is not None:
@@ -207,22 +210,23 @@ class Learner:
 
         Args:
             state: State before the update; it is donated.
-            rows: Rows of `make_rows`, whose number is a multiple of the number of minibatches. If
-                they lack `old`, the log-probabilities `[K, L]` under this state, it is computed
-                where several optimizer steps need it.
+            rows: Rows of `make_rows`, whose number is a multiple of the number of minibatches. The
+                array `old`, log-probabilities `[K, L]` under this state, may be missing; it is then
+                computed if the update makes several optimizer steps.
             rng: Generator that shuffles rows into minibatches.
             reference: Trained parameters of the reference policy, which shares the frozen
                 parameters of the state; None where the loss reads no reference.
 
         Returns:
             State after the update, and metrics: means of `loss` and `grad_norm` over minibatches,
-            the last `learning_rate`, and `sums`, the loss's sums by name, over all minibatches.
+            the last `learning_rate`, and `sums`, a mapping from name to the loss's sum over all
+            minibatches.
         """
         rows = dict(rows)
         if reference is not None:
             weights = dataclasses.replace(state, params=reference).weights
             rows["reference"] = self.score(weights, rows)
-        # In the first optimizer step nothing has moved: the old policy is the present one.
+        # In the first optimizer step, the old policy is the current policy.
         several = self._config.updates > 1
         if "old" not in rows:
             blank = np.zeros_like(rows["sampler"])
@@ -246,7 +250,7 @@ class Learner:
         }
 
     def update_flops(self, state: TrainState, rows: Rows) -> float:
-        """Count the floating-point operations of an optimizer step on all rows, as XLA does.
+        """Count the floating-point operations of an optimizer step on all rows (XLA's count).
 
         Args:
             state: State before the step; the step is compiled and not run.

@@ -1,7 +1,8 @@
 """Policy losses by name.
 
-A loss returns a numerator and a denominator, and metrics as sums. These are added up over
-micro-batches, and the train step divides the total numerator by the total denominator once.
+A loss returns a numerator and a denominator, and metrics as sums. The train step adds up
+numerators, denominators and sums over micro-batches, and divides the total numerator by the total
+denominator once.
 """
 
 import dataclasses
@@ -13,13 +14,13 @@ import jax.numpy as jnp
 
 Aggregate = Literal["sequence", "token", "constant"]
 
-# Differences of log-probabilities are cut to plus and minus this before they are exponents.
+# Differences of log-probabilities are clipped to plus and minus this bound before `exp`.
 FARTHEST = 20.0
 
 
 @dataclasses.dataclass(frozen=True)
 class PolicyLoss:
-    """Base of all policy losses.
+    """Base of all policy losses, functions of log-probabilities and advantages of tokens.
 
     A new loss is a frozen dataclass with a `word`, options as fields, and `__call__`. Adding the
     class as `LOSSES[word]` makes it known to `--loss`.
@@ -35,7 +36,7 @@ class PolicyLoss:
 
     @property
     def uses_sampler(self) -> bool:
-        """Whether the loss reads log-probabilities as the sampler computed them."""
+        """Whether the loss reads the log-probabilities that the sampler computed."""
         return False
 
     def __call__(
@@ -53,9 +54,9 @@ class PolicyLoss:
     ) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
         """Compute the numerator and denominator of the loss, to be minimised, and metrics.
 
-        Only `log_probs` gets a gradient. Entries that are not trained or not valid may be NaN: they
-        change nothing, and their gradient is exactly 0. Where a trigger is trained, its decisions
-        take the place of tokens.
+        Only `log_probs` gets a gradient. Entries that are not trained or not valid may be NaN: such
+        entries change nothing, and their gradient is exactly 0. Where a trigger is trained, the
+        trigger's decisions take the place of tokens.
 
         Args:
             log_probs: Log-probabilities of tokens under the parameters being optimised, `[K, L]`
@@ -63,21 +64,20 @@ class PolicyLoss:
             old: Log-probabilities under the parameters that sampled the data, as the learner (not
                 the sampler) computes them, `[K, L]`.
             advantages: Advantage of each token, `[K, L]`.
-            trained: Tokens that the policy generated, `[K, L]` bool.
+            trained: Loss mask, the tokens that the policy generated, `[K, L]` bool.
             valid: Rows that are not padding, `[K]` bool. A valid row without trained tokens has
-                loss 0 and counts as a rollout in the means "sequence" and "constant". Leaving it
-                out would be a bias, since it can depend on the policy whether there was anything to
+                loss 0 and counts as a rollout in the means "sequence" and "constant". Leaving the
+                row out would be a bias, since the policy can influence whether there is anything to
                 decide.
-            max_length: Maximum number of trained tokens of a row, the divisor of "constant".
+            max_length: Maximum number of trained tokens of a row, the divisor in "constant".
             weight: Multiplicity of each row in numerator and denominator, `[K]`; None for 1.
             reference: Log-probabilities under the reference policy, `[K, L]`; given if
                 `uses_reference`.
-            sampler: Log-probabilities as the sampler computed them, `[K, L]`; given if
-                `uses_sampler`.
+            sampler: Log-probabilities that the sampler computed, `[K, L]`; given if `uses_sampler`.
 
         Returns:
-            Numerator, denominator, and a dict of sums over trained tokens, which are not weighted
-            by `weight`. The sum `tokens`, the number of trained tokens, is required.
+            Numerator, denominator, and a mapping from metric name to its sum over trained tokens,
+            not weighted by `weight`. The sum `tokens`, the number of trained tokens, is required.
         """
         raise NotImplementedError(f"{type(self).__name__} computes no loss")
 
@@ -92,12 +92,14 @@ class PolicyLoss:
     ) -> tuple[jax.Array, jax.Array]:
         """Reduce losses of tokens to a numerator and a denominator, as `__call__` does.
 
-        The learner reduces the loss of a value head by this method and adds its numerator to that
-        of `__call__`. A loss that is never used with a value head need not define it.
+        The learner reduces the loss of a value head with this method, and adds the numerator to the
+        numerator of `__call__`. A loss that is never used with a value head need not define
+        `reduce`.
 
         Args:
-            loss: Loss of each token, `[K, L]`, 0 for tokens that do not count.
-            counts: Tokens that count, `[K, L]` bool.
+            loss: Loss of each token of `K` rows of `L` tokens, `[K, L]`, 0 outside of the loss
+                mask.
+            counts: Loss mask, `[K, L]` bool.
             valid: Rows that are not padding, `[K]` bool.
             max_length: Maximum number of trained tokens of a row.
             weight: Multiplicity of each row in numerator and denominator, `[K]`; None for 1.
@@ -112,7 +114,8 @@ class PolicyLoss:
 class ClippedLoss(PolicyLoss):
     """Clipped surrogate of PPO with an optional KL penalty and importance correction.
 
-    Per token, with ratio r, advantage A and reference log-probability:
+    The loss of a token with probability ratio r, advantage A and estimate k3 of the KL divergence:
+
     max(-A r, -A clip(r, 1 - ε_low, 1 + ε_high)) + β k3.
 
     Attributes:
@@ -125,10 +128,10 @@ class ClippedLoss(PolicyLoss):
         aggregate: Reduction over tokens: "sequence" averages the means of rows (GRPO), "token"
             averages all tokens of the batch (DAPO), "constant" averages the sums of rows, each
             divided by the maximum length of a row (Dr. GRPO).
-        kl: Weight of the KL penalty (β, estimator k3) towards the reference policy. (k1 has
-            no gradient in expectation.)
-        importance_cap: Upper bound on the truncated importance weight between the sampler's and
-            the trainer's probability of a token; None for no correction.
+        kl: Weight of the KL penalty (β, estimator k3) towards the reference policy. (The estimator
+            k1 would have no gradient in expectation.)
+        importance_cap: Upper bound on the importance weight of a token, the ratio of the learner's
+            to the sampler's probability of the token; None for no importance weights.
     """
 
     word: ClassVar[str] = "clipped"
@@ -185,7 +188,7 @@ class ClippedLoss(PolicyLoss):
             Numerator, denominator, and sums over trained tokens: `tokens` counts the tokens;
             `clipped` counts the tokens whose gradient the clip sets to 0 (not counting
             `dual_clip`); `ratio` sums the probability ratios to `old`; `approx_kl` sums the k3
-            estimates of KL(old || policy) and, with a reference, `ref_kl` those of
+            estimates of KL(old || policy) and, with a reference, `ref_kl` the k3 estimates of
             KL(policy || reference), in nats.
 
         Raises:
@@ -201,7 +204,7 @@ class ClippedLoss(PolicyLoss):
         counts = trained & valid[:, None]
 
         def known(values: jax.Array) -> jax.Array:
-            """Set entries that do not count to 0 first, as a NaN times 0 would be NaN."""
+            """Set entries outside of the loss mask to 0 first, as a NaN times 0 would be NaN."""
             if values.shape != trained.shape:
                 raise ValueError(
                     f"log-probabilities {values.shape} are not of tokens {trained.shape}"
@@ -251,7 +254,7 @@ class ClippedLoss(PolicyLoss):
 
 
 LOSS_OPTIONS = tuple(field.name for field in dataclasses.fields(ClippedLoss))
-"""Names of the options of the clipped loss, which methods have too."""
+"""Names of the options of the clipped loss, which are also options of each method."""
 
 LOSSES: dict[str, type[PolicyLoss]] = {loss.word: loss for loss in (ClippedLoss,)}
 
@@ -274,7 +277,7 @@ def _aggregate(
     weight: jax.Array | None,
     max_length: int,
 ) -> tuple[jax.Array, jax.Array]:
-    """Reduce losses `[K, L]`, 0 for tokens that do not count, to numerator and denominator."""
+    """Reduce losses `[K, L]`, 0 outside of the loss mask, to numerator and denominator."""
     tokens = counts.sum(axis=1, dtype=loss.dtype)
     of_row = jnp.ones_like(tokens) if weight is None else jax.lax.stop_gradient(weight)
     of_row = jnp.where(valid, of_row, 0).astype(loss.dtype)

@@ -1,8 +1,9 @@
 """Mass balance of one update, which shows why more rollouts help (BroRL, arXiv 2510.01180).
 
 The policy chooses one of `V` tokens with probabilities p = softmax(z). An update minimises the
-surrogate -(1/N) sum_i R_i p_i over the sampled tokens. Their reward is R_c if they are correct and
-R_w if not; tokens that were not sampled have reward 0. Everything is computed in float64.
+surrogate -(1/N) sum_i R_i p_i over the tokens i that N rollouts have sampled. A sampled token has
+the reward R_c if it is correct and R_w if not; other tokens have reward 0. Everything is computed
+in float64.
 """
 
 from typing import NamedTuple
@@ -15,14 +16,15 @@ class MassBalance(NamedTuple):
 
     Attributes:
         correct_mass: Total probability of the correct tokens (Q_pos).
-        baseline: Expected reward of the sampled tokens, sum of R_i p_i over them (S_R).
+        baseline: Expected reward, the sum of R_i p_i over sampled tokens (S_R).
         sampled_correct: Sum of p^2 over sampled correct tokens (A_2).
         sampled_wrong: Sum of p^2 over sampled wrong tokens (B_2).
         unsampled_correct: Sum of p^2 over correct tokens that were not sampled (U_pos,2).
         unsampled_wrong: Sum of p^2 over wrong tokens that were not sampled (U_neg,2).
-        terms: Contributions of the sampled correct, the sampled wrong, and the unsampled tokens,
-            without the step size. For R_w <= 0 <= R_c the first two are never negative. The third,
-            the unsampled coupling, has either sign, and vanishes as the number of rollouts grows.
+        terms: Contributions of the sampled correct tokens, the sampled wrong tokens, and the
+            unsampled tokens, without the step size. For R_w <= 0 <= R_c the first two are never
+            negative. The third, the unsampled coupling, has either sign, and vanishes as the number
+            of rollouts grows.
         change: Change of the correct mass, the sum of the terms times the step size (ΔQ_pos).
     """
 
@@ -44,14 +46,14 @@ def mass_balance(
     wrong: float = -1.0,
     rate: float = 1.0,
 ) -> MassBalance:
-    """Compute the mass balance of one update.
+    """Compute the first-order change of the correct mass by one update, term by term.
 
     ΔQ_pos = (η/N) [(R_c - S_R) Q_neg A_2 + (S_R - R_w) Q_pos B_2
                     + S_R (Q_pos U_neg,2 - Q_neg U_pos,2)], with Q_neg = 1 - Q_pos and the other
     symbols as in `MassBalance`.
 
     Args:
-        logits: Logits of the tokens, `[V]`.
+        logits: Logits of the `V` tokens, `[V]`.
         correct: Tokens that are correct, `[V]` bool.
         sampled: Tokens that were sampled at least once, `[V]` bool.
         right: Reward of a sampled correct token (R_c).
@@ -95,7 +97,7 @@ def softmax(logits: np.ndarray) -> np.ndarray:
 
 
 def unsampled_mass(rate: np.ndarray | float, count: np.ndarray | float) -> np.ndarray:
-    """Compute the expected term of a token in the sum of p^2 over unsampled tokens: p^2 (1-p)^N.
+    """Compute a token's expected part of the sum of p^2 over unsampled tokens: p^2 (1-p)^N.
 
     Args:
         rate: Probability of the token in one rollout (p).
@@ -129,17 +131,18 @@ def simulate(
     steps: int = 300,
     learning_rate: float = 1e-3,
 ) -> Simulated:
-    """Train the logits of a policy that chooses one token, with a number of rollouts per step.
+    """Simulate the training of a policy that chooses one token, with N rollouts per step.
 
     The initial logit is 3 for correct tokens, 5 for one wrong token (the anchor), and 0 for all
-    other tokens. A correct token has reward +1, a wrong one -1. AdamW (weight decay 0.01) minimises
-    the surrogate -(1/N) sum_i (R_i - mean) p_i, where the mean is over the rewards of the step.
+    other tokens. A correct token has reward +1, a wrong token -1. AdamW (weight decay 0.01)
+    minimises the surrogate -(1/N) sum_i (R_i - mean) p_i, where the mean is over the rewards of the
+    step.
 
     Args:
         rollouts: Number of rollouts of a step (N).
         seed: Seed of the rollouts.
         tokens: Number of tokens to choose from.
-        correct: Number of correct tokens, the first ones.
+        correct: Number of correct tokens, which are the first tokens.
         steps: Number of optimizer steps.
         learning_rate: Learning rate of AdamW.
     """

@@ -14,7 +14,7 @@ from train.rl.types import Episodes, Trajectory
 
 @dataclasses.dataclass(frozen=True)
 class RewardShaping:
-    """Base of all changes of rewards that are made before advantages are estimated.
+    """Base of all reward shapings, which change rewards before advantages are estimated.
 
     A new shaping is a frozen dataclass with a `word` and with options as fields. It overrides
     `__call__` to change rewards, or `of_task` to score responses differently. `__call__` never
@@ -32,7 +32,7 @@ class RewardShaping:
         """Raise a `ValueError` if the config of a run (`RLConfig`) does not fit this shaping."""
 
     def of_task(self, task: Any) -> Any:
-        """Return the task with the scorer that this shaping needs; by default the task itself."""
+        """Return the `Task` with the scorer that this shaping needs; by default the task itself."""
         return task
 
     def __call__(
@@ -55,7 +55,7 @@ class RewardShaping:
 
 @dataclasses.dataclass(frozen=True)
 class OverlongPenalty(RewardShaping):
-    """Penalty on the last tokens before the length limit (soft overlong punishment of DAPO).
+    """Penalty for responses that come close to the length limit (soft overlong punishment of DAPO).
 
     Attributes:
         buffer: Number of last tokens before the limit over which the penalty grows linearly.
@@ -96,12 +96,12 @@ class InvocationPenalty(RewardShaping):
     """Penalty for each invocation of latent memory, smaller if good trajectories invoke often.
 
     Attributes:
-        weight: Weight of the penalty (λ). The paper gives no value, and the authors' code turns it
-            off; 0.01 to 0.3 is sensible with rewards of 0 and 1.
+        weight: Weight of the penalty (λ). The paper gives no value, and the authors' code turns the
+            penalty off; 0.01 to 0.3 is sensible with rewards of 0 and 1.
         rate: Denominator of the rate of invocation: the number of "decisions" of the trigger (the
             paper's second version) or of all "tokens" of a trajectory (its first version).
-        scope: Trajectories that are compared: those of a "group" (second version) or of the whole
-            "batch" (first version).
+        scope: Trajectories that are compared: a "group" (second version) or the whole "batch"
+            (first version).
     """
 
     word: ClassVar[str] = "invocation"
@@ -149,19 +149,20 @@ class InvocationPenalty(RewardShaping):
 class Ternary(RewardShaping):
     """Reward by outcome, for any task: 1 if right, `abstain` if abstained, -1 if wrong (TruthRL).
 
-    It replaces the task's own scorer by `train.rl.tasks.truthful.TruthfulTask`. The rewards in
-    metrics and of held-out problems therefore change too, and the metrics have
-    `info/accuracy`, `info/uncertain`, `info/hallucination` and `info/truthfulness`.
+    This shaping replaces the task's own scorer by `train.rl.tasks.truthful.TruthfulTask`. Rewards
+    in metrics and of held-out problems therefore change too, and the metrics have `info/accuracy`,
+    `info/uncertain`, `info/hallucination` and `info/truthfulness`.
 
     Attributes:
-        abstain: Reward of abstaining (r_abstain), from -1 (a binary reward) to below 1. Answering
-            has a higher expected reward than abstaining if it is right with a probability above
+        abstain: Reward of abstaining (r_abstain), from -1 (a binary reward) to below 1. An answer
+            has a higher expected reward than abstaining if its probability of being right is above
             (1 + r_abstain) / 2. If advantages are divided by the standard deviation of small
             groups, this threshold holds only for r_abstain = 0 or -1.
-        boxed: Whether an answer counts only inside of `\\boxed{...}`.
+        boxed: Whether an answer counts only inside `\\boxed{...}`.
         unknown: Phrase that counts as abstaining; empty for the task's phrase, or "I don't know"
             where the task has none.
-        knowledge: Whether only abstaining is rewarded on problems out of knowledge.
+        knowledge: Whether only abstaining is rewarded on problems out of knowledge, which the probe
+            never solved or the task marks.
         probe: File of `thoughtbubbles probe` that says which problems are out of knowledge; empty
             if the task itself marks these problems.
         reasoning: How the task's score of the reasoning, 0 or 1, changes the reward r of an
@@ -203,13 +204,13 @@ def overlong_penalty(
     """Compute the soft overlong punishment (DAPO), which is added to the reward of a response.
 
     Args:
-        length: Number of generated tokens of each response, `[K]`.
+        length: Number of generated tokens of each of `K` responses, `[K]`.
         max_length: Maximum length of a response.
         buffer: Number of last tokens before `max_length` over which the penalty grows linearly.
         factor: Penalty at `max_length`.
 
     Returns:
-        Numbers from 0 down to -factor, `[K]` float64.
+        Penalties from -factor to 0, `[K]` float64.
 
     Raises:
         ValueError: The buffer is not between 1 and `max_length`.
@@ -221,7 +222,7 @@ def overlong_penalty(
 
 
 def _decisions(trajectories: Sequence[Trajectory], episodes: Episodes) -> np.ndarray:
-    """Concatenate the decisions of each episode, `[N, T]` int8, padded on the right with -1."""
+    """Concatenate the decisions of each of `N` episodes, `[N, T]` int8, padded with -1."""
     joined = [
         np.concatenate([trajectories[row].decisions for row in rows]) for rows in episodes.rows
     ]

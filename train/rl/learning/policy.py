@@ -1,4 +1,4 @@
-"""Sampling and scoring of one policy: its `MemGen` to sample from, and its log-probabilities.
+"""Sampling and scoring of one policy: the `MemGen` that samples, and the log-probabilities.
 
 Rollouts are always sampled from a `MemGen`. A policy without latent memory becomes a `MemGen` that
 never invokes it.
@@ -27,7 +27,7 @@ NO_MEMORY = MemGenConfig(
 
 
 def sampler_of(finetunable: FinetunableModel) -> MemGen:
-    """Return the policy as a `MemGen` to sample from; a plain decoder becomes one without memory.
+    """Return the policy as a `MemGen` for sampling; a plain decoder gets no latent memory.
 
     Args:
         finetunable: The policy. Its LoRA adapter, if any, is applied.
@@ -42,7 +42,7 @@ def sampler_of(finetunable: FinetunableModel) -> MemGen:
 
 
 def predictors(finetunable: FinetunableModel, rows: dict[str, jax.Array]) -> jax.Array:
-    """Compute the hidden states `[K, L, D]` that predict each token and give its logits.
+    """Compute the hidden state that predicts each token, from which the token's logits follow.
 
     With latent memory, the sampler's decisions are replayed: latents are inserted at the same
     positions (`point`, `kind`) and computed again, so that gradients reach the weaver. The state
@@ -52,12 +52,15 @@ def predictors(finetunable: FinetunableModel, rows: dict[str, jax.Array]) -> jax
         finetunable: The policy.
         rows: Rows of `make_rows`; or, for a decoder with `branch_states`, rows with shared prompts
             in the layout of `train.rl.learning.sharing.flat`, where `K` is the number of branches
-            and `L` the number of slots of a branch.
+            and `L` the number of positions of a branch.
+
+    Returns:
+        Hidden states, `[K, L, D]` for `K` rows of `L` tokens.
     """
     tokens = rows["tokens"]
     if finetunable.memgen is not None:
         plan = Plan.of(rows["point"], rows["kind"], finetunable.memgen.config)
-        # A row's plan and stream may reach into its padding, which nothing real sees.
+        # Events and latents of a row may lie in its padding, to which no real token attends.
         return finetunable.memgen.predictors(tokens, plan)
     decoder = finetunable.backbone
     if finetunable.adapter is not None:
@@ -77,16 +80,17 @@ def token_scores(
     valid_vocab_size: int,
     hidden: jax.Array | None = None,
 ) -> jax.Array:
-    """Compute log-probabilities of the tokens that the policy generated, `[K, L]` float32.
-
-    All other entries are 0.
+    """Compute log-probabilities of the tokens that the policy generated.
 
     Args:
         finetunable: The policy.
         rows: Rows of `make_rows`, or of `train.rl.learning.sharing.flat`.
         temperature: Sampling temperature, by which logits are divided.
-        valid_vocab_size: Number of ids, the first ones, that the sampler chooses from.
+        valid_vocab_size: Number of ids that the sampler chooses from, counted from id 0.
         hidden: Hidden states of `predictors`, `[K, L, D]`; None to compute them.
+
+    Returns:
+        Log-probabilities, `[K, L]` float32 for `K` rows of `L` tokens; 0 for all other tokens.
     """
     hidden = predictors(finetunable, rows) if hidden is None else hidden
     return token_log_probs(
@@ -95,11 +99,15 @@ def token_scores(
 
 
 def decision_scores(finetunable: FinetunableModel, rows: dict[str, jax.Array]) -> jax.Array:
-    """Compute log-probabilities of the trigger's decisions, `[K, L]` float32; 0 without one.
+    """Compute log-probabilities of the trigger's decisions.
 
     Args:
         finetunable: Policy with a trigger.
         rows: Rows of `make_rows` with `decisions`, `point` and `kind`.
+
+    Returns:
+        Log-probabilities, `[K, L]` float32 for `K` rows of `L` tokens; 0 where no decision was
+        made.
     """
     memgen = finetunable.memgen
     assert memgen is not None
@@ -108,7 +116,9 @@ def decision_scores(finetunable: FinetunableModel, rows: dict[str, jax.Array]) -
 
 
 def scores(finetunable: FinetunableModel, rows: dict[str, jax.Array], sampling: Any) -> jax.Array:
-    """Compute log-probabilities of tokens, or of decisions where a trigger is trained, `[K, L]`.
+    """Compute log-probabilities of tokens, or of decisions where a trigger is trained.
+
+    The result is that of `token_scores` or of `decision_scores`, `[K, L]` float32.
 
     Args:
         finetunable: The policy.
@@ -123,7 +133,7 @@ def scores(finetunable: FinetunableModel, rows: dict[str, jax.Array], sampling: 
 def scores_and_values(
     finetunable: FinetunableModel, rows: dict[str, jax.Array], sampling: Any
 ) -> tuple[jax.Array, jax.Array]:
-    """Compute log-probabilities of tokens and values of the states before them in one pass.
+    """Compute log-probabilities of tokens and values of the states before them in one forward pass.
 
     The value head reads the hidden state that predicts a token. In this state the streams of a
     forking model are merged, as for the logits, and latents of MemGen have been attended to. Values
@@ -135,7 +145,7 @@ def scores_and_values(
         sampling: Options that the rows were sampled with (`train.rl.rollout.sampler.Sampling`).
 
     Returns:
-        Log-probabilities and values, `[K, L]` each.
+        Log-probabilities and values, `[K, L]` each for `K` rows of `L` tokens.
     """
     assert finetunable.value_head is not None
     hidden = predictors(finetunable, rows)
@@ -146,9 +156,9 @@ def scores_and_values(
 
 
 def action_mask(finetunable: FinetunableModel, rows: dict[str, jax.Array]) -> jax.Array:
-    """Return where log-probabilities are trained, `[K, L]` bool.
+    """Return the loss mask, `[K, L]` bool for `K` rows of `L` tokens.
 
-    These are the generated tokens, or the decisions where a trigger is trained.
+    The mask is True for generated tokens or, where a trigger is trained, for its decisions.
 
     Args:
         finetunable: The policy.

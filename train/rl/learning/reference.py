@@ -1,4 +1,4 @@
-"""The reference policy of a KL penalty: the initial weights, or those of the last reset."""
+"""The reference policy of a KL penalty: the parameters at the start or at the last reset."""
 
 import os
 from collections.abc import Callable, Mapping
@@ -15,10 +15,11 @@ class Reference:
     """The reference policy of a run, which shares its frozen parameters with the trained policy.
 
     Args:
-        trainable: Static side of the run.
-        first_weights: Function that returns the weights that the run began with.
+        trainable: `Trainable` of the run, with the shapes and shardings of its parameters.
+        first_weights: Function that returns the initial variables of the run
+            (`TrainState.weights`).
         used: Whether the loss reads the reference policy.
-        every: Number of steps between resets of the reference policy to the present policy; None
+        every: Number of steps between resets of the reference policy to the current policy; None
             for no resets.
     """
 
@@ -48,17 +49,17 @@ class Reference:
         return self._trainable.abstract.params
 
     def reset_if_due(self, steps_done: int, params: Any) -> None:
-        """Copy the present parameters if a multiple of `every` steps, above 0, is done.
+        """Reset the reference policy to a copy of the current parameters every `every` steps.
 
         Args:
             steps_done: Number of steps so far.
-            params: Trained parameters of the present policy.
+            params: Trained parameters of the current policy, a pytree.
         """
         if self.every is not None and steps_done and steps_done % self.every == 0:
             self.restore(jax.tree.map(lambda leaf: leaf.copy(), params))
 
     def restore(self, params: Any) -> None:
-        """Set the trained parameters of the reference policy, e.g. to those of a checkpoint."""
+        """Set the trained parameters of the reference policy, e.g. from a checkpoint."""
         self._params = params
 
 
@@ -70,9 +71,9 @@ class ReferenceCheckpointer(Checkpointer):
         save_interval: Number of steps between checkpoints.
         keep: Number of newest checkpoints that are kept.
         keep_every: Interval in steps; checkpoints at its multiples are never deleted. None for no
-            such checkpoints.
-        reference: Reference policy of the run. Without resets it is not saved, because it equals
-            the weights that the run begins with.
+            permanent checkpoints.
+        reference: Reference policy of the run. A reference policy without resets is not saved,
+            because it equals the initial policy.
     """
 
     def __init__(

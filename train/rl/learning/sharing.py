@@ -1,4 +1,4 @@
-"""Layout of rows with equal prompts as shared prefixes with branches, computed once per update."""
+"""Layout of rows with equal prompts as branches of shared prefixes, which are computed once."""
 
 import dataclasses
 from typing import Any
@@ -9,10 +9,11 @@ from train.rl.buckets import SHORTEST, bucket
 from train.rl.rollout.rows import Rows
 
 LEAST_SAVED = 2**12
-"""Minimum number of positions that sharing must save in an update: small updates share nothing, so
-that their results are equal to the bit with and without the option."""
+"""Minimum number of token positions that sharing must save in an update.
+
+Small updates share nothing, so that their results are bitwise equal with and without sharing."""
 LEAST_FACTOR = 1.25
-"""Minimum factor by which sharing must lower the number of positions of an update."""
+"""Minimum factor by which sharing must lower the number of token positions of an update."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,8 +28,8 @@ class Branches:
         row: Index of the row of each branch, `[R, N]`; -1 for padding.
         begin: Position of the first trained token of each row, `[K]`.
         count: Number of tokens from the first to the last trained token of each row, `[K]`.
-        prefix_size: Number of slots of a prefix (`P`).
-        size: Number of slots of a branch (`C`).
+        prefix_size: Number of positions of a prefix, including padding (`P`).
+        size: Number of positions of a branch, including padding (`C`).
     """
 
     row: np.ndarray
@@ -39,7 +40,7 @@ class Branches:
 
     @property
     def positions(self) -> int:
-        """Number of positions of a forward pass, including padding."""
+        """Number of token positions of a forward pass, including padding."""
         shared, branches = self.row.shape
         return shared * (self.prefix_size + branches * self.size)
 
@@ -47,15 +48,15 @@ class Branches:
         """Rearrange arrays of rows by branch.
 
         Args:
-            rows: Arrays of `make_rows` and others, `[K]` or `[K, L]`.
+            rows: Arrays `[K]` or `[K, L]`, such as those of `make_rows`.
 
         Returns:
-            `prefix [R, P]`, the ids of the prefixes, and `prefix_length [R]`; `inputs [R, N, C]`,
-            the token before each of `tokens`; and all arrays of `rows`, as `[R, N]` or `[R, N, C]`.
-            `valid` is False for padding branches.
+            A dict of `prefix [R, P]`, the ids of the prefixes, `prefix_length [R]`,
+            `inputs [R, N, C]`, the token before each of `tokens`, and all arrays of `rows`,
+            rearranged to `[R, N]` or `[R, N, C]`. `valid` is False for padding branches.
         """
         real = self.row >= 0
-        first = self.row[:, 0]  # a shared row's own, of padding any
+        first = self.row[:, 0]  # the first branch's row; any row for a padding prefix
         length = np.where(real[:, 0], self.begin[first] - 1, 1)
         prefix = _columns(rows["tokens"], first, np.zeros_like(first), self.prefix_size)
         found = {
@@ -75,14 +76,14 @@ class Branches:
         return found
 
     def by_row(self, values: np.ndarray, length: int) -> np.ndarray:
-        """Rearrange values of the tokens of branches by row, the inverse of `laid_out`.
+        """Rearrange values of the tokens of branches into rows, the inverse of `laid_out`.
 
         Args:
-            values: Values of tokens, `[R, N, C]` or `[R * N, C]`; those of padding are not read.
+            values: Values of tokens, `[R, N, C]` or `[R * N, C]`; padding entries are not read.
             length: Number of positions of a row (`L`).
 
         Returns:
-            Values `[K, L]`; 0 for tokens that are in no branch.
+            Values of tokens, `[K, L]`; 0 for tokens that are in no branch.
         """
         values = values.reshape(*self.row.shape, self.size)
         found = np.zeros((len(self.begin), length), values.dtype)
@@ -93,13 +94,13 @@ class Branches:
 
     @property
     def _inside(self) -> np.ndarray:
-        """Slots of branches that are not padding, `[R, N, C]` bool."""
+        """Positions of branches that are not padding, `[R, N, C]` bool."""
         count = np.where(self.row >= 0, self.count[self.row], 0)
         return np.arange(self.size) < count[:, :, None]
 
 
 def branches_of(rows: Rows, multiple: int, widest: int) -> Branches | None:
-    """Choose the layout with the fewest positions; None where sharing saves too little.
+    """Choose the layout of rows with the fewest token positions; None if sharing saves too little.
 
     Rows with equal prompts (all tokens before the first trained token) get one prefix. A prompt
     with more rows than branches gets several prefixes. The number of branches per prefix is chosen
@@ -107,7 +108,7 @@ def branches_of(rows: Rows, multiple: int, widest: int) -> Branches | None:
 
     Args:
         rows: Rows of `make_rows`.
-        multiple: Divisor of the number of shared prefixes (`R`).
+        multiple: Number that divides the number of shared prefixes (`R`).
         widest: Further number of branches to try, such as the number of rollouts of a problem.
 
     Returns:
@@ -147,19 +148,20 @@ def branches_of(rows: Rows, multiple: int, widest: int) -> Branches | None:
 
 
 def prefix_bucket(size: int) -> int:
-    """Round a size up to a power of two or three quarters of one, at least 16.
+    """Round a size up to a power of two, or to three quarters of a power of two, at least 16.
 
-    These buckets are finer than those of rows, because a prefix is most of a shared row, and the
-    longest prompt of a batch varies less than the longest response.
+    These buckets are finer than the buckets of rows, because a prefix is most of a shared row, and
+    the longest prompt of a batch varies less than the longest response.
     """
     whole = bucket(size, SHORTEST)
     return whole * 3 // 4 if whole > SHORTEST and size <= whole * 3 // 4 else whole
 
 
 def flat(rows: dict[str, Any]) -> dict[str, Any]:
-    """Merge the axes of branches to `[R * N, ...]`; rows without shared prompts stay as they are.
+    """Merge the axes `R` (prefixes) and `N` (branches) of rows in the layout `Branches`.
 
-    The arrays `prefix` and `prefix_length` keep their axis `R`.
+    Rows without shared prompts are returned unchanged. The arrays `prefix` and `prefix_length` keep
+    their axis `R`.
     """
     if "prefix" not in rows:
         return rows
@@ -172,7 +174,7 @@ def flat(rows: dict[str, Any]) -> dict[str, Any]:
 
 
 def _columns(values: np.ndarray, row: np.ndarray, start: np.ndarray, size: int) -> np.ndarray:
-    """Gather values `[..., size]` of the rows `row [...]` from position `start [...]` on."""
+    """Gather `size` values of each of the rows `row [...]`, from position `start [...]` on."""
     at = start[..., None] + np.arange(size)
     return values[row[..., None], np.clip(at, 0, values.shape[1] - 1)]
 

@@ -13,17 +13,17 @@ FEW = 16
 class BroRL(ReinforcePP):
     """REINFORCE++ with many rollouts of each problem (512) and ProRL's recipe (BroRL).
 
-    The advantage is the deviation from the mean of the group, divided by its standard deviation in
-    the batch after dynamic sampling. ProRL's recipe adds a wider clipping range above, truncated
-    importance weights, and a KL penalty whose reference policy is reset. The number of optimizer
-    steps does not depend on the number of rollouts: `minibatches` stays the same, and each
-    minibatch holds more rollouts. The learning rate is multiplied by the square root of the ratio
-    of the step's rollouts to `base_rollouts`. The paper gives no clipping range, KL weight or
-    period of resets: these defaults are ProRL's or this project's.
+    The advantage is the reward minus the group's mean, divided by the standard deviation of these
+    differences in the batch after dynamic sampling. ProRL's recipe adds a wider clipping range
+    above, truncated importance weights, and a KL penalty whose reference policy is reset. The
+    number of optimizer steps does not depend on the number of rollouts: with the same
+    `minibatches`, each minibatch holds more rollouts. The learning rate is multiplied by the square
+    root of the ratio of the step's rollouts to `base_rollouts`. The paper gives no clipping range,
+    KL weight or period of resets: these defaults are ProRL's or this project's.
 
     Attributes:
-        base_rollouts: Number of rollouts of a step that the learning rate was chosen for; None for
-            16 of each problem.
+        base_rollouts: Number of rollouts of a step for which the learning rate was chosen; None for
+            16 rollouts of each problem.
     """
 
     word: ClassVar[str] = "brorl"

@@ -14,9 +14,10 @@ from train.rl.rollout.strategies import RolloutStrategy
 class DeepSearch(TreeSearchOptions, Method):
     """Tree search for hard problems, with an advantage for each node of a tree.
 
-    The number of rollouts of a searched problem is the number of terminals that its tree backs up.
-    Solutions of hard problems are kept and trained on again at later visits. Problems that are
-    solved often are set aside.
+    A search ends when its tree has backed up as many terminals as the problem has rollouts
+    (`num_generations`, or the allocator's number); the paths to these terminals are the rollouts.
+    Solutions of hard problems are kept and trained on again at later visits. Problems that direct
+    rollouts solve more often than `threshold` are set aside.
 
     Attributes:
         one_sided: Advantages in a tree whose terminals all succeed or all fail: "zero" sets them to

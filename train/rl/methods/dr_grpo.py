@@ -10,11 +10,11 @@ from train.rl.methods.method import Method
 
 @dataclasses.dataclass(frozen=True)
 class DrGRPO(Method):
-    """Deviation from the mean of the group, and losses of tokens divided by a constant length.
+    """Advantages that are rewards minus group means; token losses divided by a constant length.
 
-    Advantages are not divided by the standard deviation, which would give more weight to problems
-    that are very easy or very hard. Losses are not divided by the length of the row, which would
-    weaken the penalty of long wrong answers.
+    Dividing advantages by the standard deviation, as GRPO does, would give more weight to problems
+    that are very easy or very hard. Dividing losses by the length of the row would weaken the
+    penalty of long wrong answers.
     """
 
     word: ClassVar[str] = "dr_grpo"

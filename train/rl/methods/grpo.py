@@ -9,7 +9,7 @@ from train.rl.methods.method import Method
 
 @dataclasses.dataclass(frozen=True)
 class GRPO(Method):
-    """Deviation from the mean of the group over its standard deviation; clipped surrogate."""
+    """Advantages that are rewards standardised within the group; clipped surrogate loss."""
 
     word: ClassVar[str] = "grpo"
 

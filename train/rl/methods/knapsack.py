@@ -13,9 +13,9 @@ class KnapsackGRPO(GRPO):
     """GRPO whose rollouts are allocated to problems by the expected value of their groups.
 
     A knapsack maximises the sum over problems of the probability of a mixed group, in which both
-    successes and failures occur, times the value of such a group. In a large group with a single
-    success, this success has an advantage of about the square root of the group's size; advantages
-    are therefore clipped by `advantage_clip`.
+    successes and failures occur, times the value of such a group. The only success of a large group
+    has an advantage of about the square root of the group's size; advantages are therefore clipped
+    by `advantage_clip`.
 
     Attributes:
         low: Minimum number of rollouts of a problem whose success rate is known, 2 or more.
@@ -33,7 +33,7 @@ class KnapsackGRPO(GRPO):
 
     def __post_init__(self):
         super().__post_init__()
-        _ = self.allocator  # which checks the options that are its own
+        _ = self.allocator  # the allocator checks its options
 
     @property
     def allocator(self) -> BudgetAllocator:

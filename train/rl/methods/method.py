@@ -28,8 +28,8 @@ class Method:
         aggregate: Reduction over tokens: "sequence" averages the means of rows (GRPO), "token"
             averages all tokens of the batch (DAPO), "constant" averages the sums of rows, each
             divided by the maximum length of a row (Dr. GRPO).
-        kl: Weight of the KL penalty (β, estimator k3) towards the reference policy: the weights
-            that the run began with, or those of the last `reference_reset`.
+        kl: Weight of the KL penalty (β, estimator k3) towards the reference policy, whose weights
+            are the initial weights of the run, or the weights at the last `reference_reset`.
         importance_cap: Upper bound on the truncated importance weight between the sampler's and
             the trainer's probability of a token; None for no correction.
         filter_groups: Whether problems whose rollouts all have the same verdict, e.g. all succeed
@@ -37,8 +37,8 @@ class Method:
         advantage_clip: Bound on the magnitude of an advantage; None for no bound.
         reference_reset: Number of steps between resets of the KL penalty's reference policy to the
             present policy (ProRL); None always keeps the weights that the run began with.
-        num_generations: Number of rollouts of each problem, unless the run's config sets it; None
-            for 8.
+        num_generations: Number of rollouts of each problem, unless the run's config sets the
+            number; None for 8.
     """
 
     word: ClassVar[str]
@@ -63,7 +63,7 @@ class Method:
             raise ValueError(f"advantage_clip={self.advantage_clip}: choose more than 0")
         if self.reference_reset is not None and self.reference_reset < 1:
             raise ValueError(f"reference_reset={self.reference_reset}: choose 1 or more, or None")
-        _ = self.advantage, self.loss  # which check the options that are theirs
+        _ = self.advantage, self.loss  # these parts check their options
 
     @property
     def allocator(self) -> BudgetAllocator:
@@ -102,7 +102,7 @@ class Method:
 
 @dataclasses.dataclass(frozen=True)
 class Parts:
-    """Parts that a run is made of; each is its config's where given, else its method's.
+    """Parts that a run is made of: parts that the config sets, and the method's other parts.
 
     Attributes:
         allocator: Allocator of rollouts to problems.

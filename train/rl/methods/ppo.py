@@ -14,8 +14,8 @@ class PPO(Method):
 
     The value head is a linear layer, initialised to zeros, on the last hidden state of the policy.
     Policy and values share all other trained parameters, which get gradients of both losses.
-    Rollouts of a problem are not compared, so that one rollout of each problem
-    (`num_generations=1`) is enough.
+    Rollouts of a problem are not compared, so one rollout of each problem (`num_generations=1`) is
+    enough.
 
     Attributes:
         gamma: Discount of the rewards of later turns (γ), above 0 and at most 1; there is no

@@ -10,7 +10,7 @@ from train.rl.methods.method import Method
 
 @dataclasses.dataclass(frozen=True)
 class ReBN(Method):
-    """Discounted return of each turn, normalised over all turns of the batch.
+    """Advantages that are discounted returns of turns, normalised over all turns of the batch.
 
     Attributes:
         gamma: Discount of the rewards of later turns (γ), above 0 and at most 1.

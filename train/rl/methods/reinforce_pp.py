@@ -10,7 +10,7 @@ from train.rl.methods.method import Method
 
 @dataclasses.dataclass(frozen=True)
 class ReinforcePP(Method):
-    """Deviation from the mean of the group, divided by its standard deviation in the batch.
+    """Advantages that are rewards minus the group's mean, over their std in the whole batch.
 
     The method also has a wider clipping range above, a mean over all tokens, and dynamic sampling.
     """

@@ -9,7 +9,7 @@ from train.rl.methods.method import Method
 
 @dataclasses.dataclass(frozen=True)
 class RLOO(Method):
-    """Deviation from the mean of the other rollouts of the group; clipped surrogate."""
+    """Advantages that are rewards minus the mean of the group's other rewards; clipped loss."""
 
     word: ClassVar[str] = "rloo"
 

@@ -9,12 +9,12 @@ from train.rl.methods.dr_grpo import DrGRPO
 
 @dataclasses.dataclass(frozen=True)
 class TriggerGRPO(DrGRPO):
-    """Deviation from the mean of the group, means of rows, and a KL penalty (for a trigger).
+    """GRPO without division by the standard deviation, with a KL penalty, to train a trigger.
 
-    Advantages are not divided by the standard deviation. Otherwise, where all answers of a group
-    are right, even a tiny price of an invocation would become a large advantage, and the trigger
-    would learn never to invoke. The KL penalty keeps the trigger near its initial weights, because
-    a trigger that never invokes learns nothing more.
+    If all answers of a group are right, division by the standard deviation would turn even a tiny
+    price of an invocation into a large advantage, and the trigger would learn never to invoke. The
+    KL penalty keeps the trigger close to its initial weights, because a trigger that never invokes
+    learns nothing more.
     """
 
     word: ClassVar[str] = "trigger"

@@ -12,9 +12,9 @@ from train.rl.tasks.truthful import Reasoning
 class TruthRL(GRPO):
     """GRPO on the ternary reward: 1 if right, `abstain` (0) if abstained, -1 if wrong.
 
-    Answering has a higher expected reward than abstaining above a certain confidence. Dividing
-    advantages by the standard deviation of small groups moves this threshold towards 1/2. Where
-    `abstain` is neither 0 nor -1, choose `--advantage dr_grpo` or groups of 64.
+    If the policy's confidence is above a threshold, answering has a higher expected reward than
+    abstaining. Dividing advantages by the standard deviation of small groups moves this threshold
+    towards 1/2. If `abstain` is neither 0 nor -1, choose `--advantage dr_grpo` or groups of 64.
 
     Attributes:
         abstain: Reward of abstaining (r_abstain), from -1 (a binary reward) to below 1.
@@ -22,7 +22,7 @@ class TruthRL(GRPO):
         knowledge: Whether only abstaining is rewarded on problems out of knowledge.
         probe: File of `thoughtbubbles probe` that says which problems are out of knowledge; empty
             if the task itself marks these problems.
-        reasoning: Rule by which the task's score of the reasoning changes the reward: "none",
+        reasoning: Rule that combines the reward with the task's score of the reasoning: "none",
             "multiplicative", "additive" or "conditional" (see the reward "ternary").
     """
 
@@ -37,7 +37,7 @@ class TruthRL(GRPO):
 
     def __post_init__(self):
         super().__post_init__()
-        _ = self.reward  # which checks the options that are its own
+        _ = self.reward  # the reward checks its options
 
     @property
     def reward(self) -> tuple[RewardShaping, ...]:

@@ -11,12 +11,13 @@ from train.rl.rollout import knapsack
 
 @dataclasses.dataclass(frozen=True)
 class BudgetAllocator:
-    """Base of all allocators.
+    """Base of all budget allocators, which decide the number of rollouts of each problem.
 
     A subclass is a frozen dataclass with a `word`, options as fields, and `plan`. Register it as
-    `ALLOCATORS[word]` to make it available to `--allocator`. What it learns of problems belongs in
-    a field that is not an option, `field(default_factory=dict, init=False, repr=False,
-    compare=False)`, and must be part of `state` and `restore`. Each run has its own copy.
+    `ALLOCATORS[word]` to make it available to `--allocator`. State that an allocator learns belongs
+    in a field that is not an option,
+    `field(default_factory=dict, init=False, repr=False, compare=False)`, and must be part of
+    `state` and `restore`. Each run has its own copy.
     """
 
     word: ClassVar[str]
@@ -41,7 +42,7 @@ class BudgetAllocator:
         raise NotImplementedError(f"{type(self).__name__} plans no rollouts")
 
     def observe(self, uid: str, successes: Sequence[bool]) -> None:
-        """Learn from a step's outcomes of a problem.
+        """Learn from the outcomes of a problem's rollouts in a step.
 
         Args:
             uid: Name of the problem (`Problem.uid`).
@@ -60,16 +61,16 @@ class BudgetAllocator:
 
     @property
     def state(self) -> Any:
-        """What `observe` has learned, as JSON for checkpoints; None if nothing is kept."""
+        """JSON-serialisable state for checkpoints, learned by `observe`; None without a state."""
         return None
 
     def restore(self, state: Any) -> None:
-        """Continue from the `state` of a checkpoint."""
+        """Restore the `state` that a checkpoint has stored."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Uniform(BudgetAllocator):
-    """Allocator that gives all problems equally many rollouts; the first get the remainder."""
+    """Allocator of equal shares: all problems get the same number, the first may get one more."""
 
     word: ClassVar[str] = "uniform"
 
@@ -79,7 +80,7 @@ class Uniform(BudgetAllocator):
 
 
 NEWEST = 16
-"""Minimum number of newest rollouts from which a problem's success rate is estimated."""
+"""Number of newest rollouts that estimate a success rate if the last visit had fewer."""
 
 ENOUGH = 8
 """Minimum number of rollouts of a problem with which its success rate counts as known."""
@@ -94,9 +95,9 @@ class Knapsack(BudgetAllocator):
     It maximises sum_i (1 - p_i^N_i - (1-p_i)^N_i) p_i (1-p_i)^2 exactly, where p_i is the success
     rate and N_i the number of rollouts of problem i, with the fallback of
     `train.rl.rollout.knapsack.plan`. The success rate is estimated from the problem's last visit,
-    or from its 16 newest rollouts if that visit had fewer. It counts as known after 8 rollouts;
-    until then the problem gets as many rollouts as with `uniform`. Problems must therefore repeat:
-    an endless task without a pool (`RLConfig.pool`) is refused.
+    or from its 16 newest rollouts if that visit had fewer. The rate counts as known after 8
+    rollouts; until then the problem gets as many rollouts as with `uniform`. Problems must
+    therefore repeat: an endless task without a pool (`RLConfig.pool`) is refused.
 
     Attributes:
         low: Minimum number of rollouts of a problem whose success rate is known, 2 or more.
@@ -153,7 +154,7 @@ class Knapsack(BudgetAllocator):
 
     @property
     def state(self) -> dict[str, str]:
-        """Dict from problem to its outcomes, oldest first: "1" for a success, "0" for a failure."""
+        """Mapping from problem uid to outcomes, oldest first: "1" is a success, "0" a failure."""
         return dict(self._outcomes)
 
     def restore(self, state: Mapping[str, str]) -> None:
@@ -162,7 +163,7 @@ class Knapsack(BudgetAllocator):
 
 
 def _class_of(rate: float | None) -> str:
-    """Name the class of a success rate: "unknown", "never", "always", or the quarter it is in."""
+    """Name the class of a success rate: "unknown", "never", "always", or its quarter."""
     if rate is None:
         return "unknown"
     if rate in (0, 1):

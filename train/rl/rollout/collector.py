@@ -1,4 +1,4 @@
-"""Collector, which takes the next problems of a task and has the strategy make rollouts of them."""
+"""Collector, which takes the next problems of a task and collects rollouts of these problems."""
 
 import dataclasses
 import functools
@@ -16,14 +16,14 @@ from train.rl.rollout.strategies import OneResponse, RolloutStrategy, Turns
 from train.rl.step_metrics import mixed_groups
 from train.rl.types import Collected, Episodes, Problem, Split, Trajectory
 
-_FINGERPRINTED = 32  # problems of an endless split that a task is known by
-_ENDLESS = 256  # held-out problems of an endless split that are scored where all are asked for
+_FINGERPRINTED = 32  # number of problems of an endless split that a fingerprint hashes
+_ENDLESS = 256  # number of held-out problems of an endless split if the config sets none
 
-_ENDLESS_SKIPS = 10_000  # of an endless task, whose problems may yet repeat
+_ENDLESS_SKIPS = 10_000  # maximum number of problems of an endless task skipped in a row
 
 
 class Collector:
-    """Collects the rollouts of each step, over problems in an order that a checkpoint continues.
+    """Collects the rollouts of each step; its position in the task is part of a checkpoint.
 
     Args:
         config: Config of the run.
@@ -52,7 +52,8 @@ class Collector:
     def state(self) -> dict[str, Any]:
         """Dict of `position`, `allocator` and `strategy`, JSON-serialisable, for checkpoints.
 
-        `position` is the number of problems taken so far; the others are the parts' own `state`.
+        `position` is the number of problems taken so far; `allocator` and `strategy` are the
+        `state` of the allocator and of the strategy.
         """
         return {
             "position": self.position,
@@ -61,7 +62,7 @@ class Collector:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Continue from the `state` of a checkpoint."""
+        """Restore the `state` that a checkpoint has stored."""
         self.position = state["position"]
         self.allocator.restore(state["allocator"])
         self.strategy.restore(state["strategy"])
@@ -84,8 +85,8 @@ class Collector:
     def collect(self, sampler: Sampler) -> Collected:
         """Collect the rollouts of one step, and advance the position.
 
-        If the method filters groups (dynamic sampling), it collects batches of problems until
-        `batch_size` groups have mixed outcomes, but at most `max_batches` batches.
+        If the method filters groups (dynamic sampling), the collector draws batches of problems
+        until `batch_size` groups have mixed outcomes, but at most `max_batches` batches.
 
         Raises:
             ValueError: The allocator's plan is invalid, or the strategy sets all problems aside.
@@ -125,14 +126,14 @@ class Collector:
     def _draw(self, count: int) -> list[Problem]:
         """Take the next problems that the strategy has not set aside, and advance the position.
 
-        A problem is taken twice only if too few others are left. If all problems are set aside, the
-        strategy is asked to take them back (`requeue`).
+        A problem is taken twice only if too few other problems are left. If all problems are set
+        aside, the strategy is asked to take them back (`requeue`).
 
         Raises:
             ValueError: The strategy still sets all problems aside after `requeue`.
         """
         found: list[Problem] = []
-        # Epochs are shuffled anew: between two visits of a problem lie up to two of them, less two.
+        # Each epoch has a new order: up to 2 * epoch - 2 problems lie between two visits of one.
         passed, most = 0, _ENDLESS_SKIPS if self._epoch is None else 2 * self._epoch - 1
         while len(found) < count:
             [problem] = self.problems("train", self.position, 1)
@@ -161,8 +162,9 @@ class Collector:
     def held_out(self, sampler: Sampler) -> list[Trajectory]:
         """Make one rollout of each of the first `evaluation.rows` problems of the test split.
 
-        Without `evaluation.rows` these are all test problems, or 256 of an endless split. The
-        rollouts do not change the strategy's state, so training learns nothing from them.
+        If `evaluation.rows` is None, all test problems are used, or 256 of an endless split. The
+        rollouts do not change the strategy's state, so training learns nothing from held-out
+        problems.
         """
         size, rows = self._task.sizes["test"], self._config.evaluation.rows
         count = min(rows or size or _ENDLESS, size or rows or _ENDLESS)
@@ -183,7 +185,7 @@ class Collector:
 
     def _observe(self, problems: Sequence[Problem], rows: Sequence[Trajectory]) -> None:
         episodes = Episodes.from_trajectories(rows)
-        # A search, and what it found before, say little of how often the policy succeeds.
+        # Searched and replayed rollouts are biased estimates of the success rate.
         direct = np.array(
             [rows[turns[0]].source in ("direct", "probe") for turns in episodes.rows], bool
         )
@@ -201,13 +203,13 @@ def _order(seed: int, epoch: int, size: int) -> np.ndarray:
 def strategy_for(config: RLConfig, task: Any, formatter: PromptFormatter) -> RolloutStrategy:
     """Return the rollout strategy of one run, bound to its task.
 
-    This is the strategy of the config; without one, `Turns` for an environment and `OneResponse`
-    for a task of one response.
+    The strategy is taken from the config. If the config has none, it is `Turns` for an environment
+    and `OneResponse` for a task of one response.
 
     Args:
         config: Config of the run.
         task: Task or environment.
-        formatter: Translation of texts to ids.
+        formatter: Formatter that translates texts to token ids.
 
     Raises:
         ValueError: The strategy, one of its options or a reward shaping does not fit the task.
@@ -230,9 +232,9 @@ def strategy_for(config: RLConfig, task: Any, formatter: PromptFormatter) -> Rol
 
 
 def fingerprint(task: Any) -> str:
-    """Return the name of a task and a hash of its problems, by which a resumed run recognises it.
+    """Return the name of a task and a hash of its problems, which a resumed run compares.
 
-    Of an endless split the first 32 problems are hashed.
+    Only the first 32 problems of an endless split are hashed.
     """
     found = hashlib.blake2b(digest_size=8)
     for split in ("train", "test"):
@@ -240,6 +242,6 @@ def fingerprint(task: Any) -> str:
         for index in range(_FINGERPRINTED if size is None else size):
             problem = task.problem(split, index)
             found.update(f"{problem.prompt}\0{problem.answer}\0".encode())
-    for uid in sorted(getattr(task, "unsolved", ())):  # of a probe: they change rewards
+    for uid in sorted(getattr(task, "unsolved", ())):  # from a probe: these change rewards
         found.update(f"{uid}\0".encode())
     return f"{task.name} {found.hexdigest()}"

@@ -1,4 +1,4 @@
-"""Building blocks of rollout strategies: batches of rollouts, random keys, and trajectories."""
+"""Building blocks of rollout strategies: batches of rollouts, PRNG keys, and trajectories."""
 
 import copy
 import dataclasses
@@ -17,13 +17,13 @@ from train.rl.types import Completion, Problem, Reward, Trajectory, Turn
 
 @dataclasses.dataclass(frozen=True)
 class Rollout:
-    """One rollout to make: a response, or an episode.
+    """Request for one rollout: a response, or an episode.
 
     Attributes:
         group: Index of the problem in its step.
         problem: Problem to respond to.
-        number: Index of the rollout among all rollouts of the same problem in its step. Together
-            with the problem's uid it decides the sampling noise.
+        number: Index of the rollout among all rollouts of the same problem in its step. The number
+            and the problem's uid decide the sampling noise.
     """
 
     group: int
@@ -34,10 +34,10 @@ class Rollout:
 def rollout_batches(
     problems: Sequence[Problem], counts: Sequence[int], max_rows: int
 ) -> Iterator[list[Rollout]]:
-    """Yield all rollouts of a step in batches of at most `max_rows`, problem by problem.
+    """Yield the rollouts of a step in batches of at most `max_rows`, ordered by problem.
 
-    If a problem occurs twice in a step, the numbers of its second group continue those of the
-    first, so that no two rollouts have the same random key.
+    If a problem occurs twice in a step, the rollout numbers of its second group continue the
+    numbers of its first group, so that no two rollouts have the same PRNG key.
 
     Args:
         problems: Problem of each group.
@@ -55,9 +55,9 @@ def rollout_batches(
 
 
 def sampling_keys(rollouts: Sequence[Rollout], seed: Sequence[int]) -> Any:
-    """Compute the random key of each row for `Sampler.open`.
+    """Compute the PRNG key of each row for `Sampler.open`.
 
-    A key depends on the seed, the problem and the rollout's number, not on the rest of the batch.
+    A key depends on the seed, the problem and the rollout's number, not on other rollouts.
 
     Args:
         rollouts: Rollout of each row, `R` of them.
@@ -65,7 +65,7 @@ def sampling_keys(rollouts: Sequence[Rollout], seed: Sequence[int]) -> Any:
             a rollout is opened more than once, append a different number each time.
 
     Returns:
-        Array of keys `[R]`.
+        Array of PRNG keys, `[R]`.
     """
     uids = [rollout.problem.uid for rollout in rollouts]
     return row_keys(seed, uids, [rollout.number for rollout in rollouts])
@@ -78,8 +78,8 @@ def unique_prompts(prompts: Sequence[Sequence[int]]) -> tuple[list[list[int]], l
         prompts: Ids of the prompt of each row.
 
     Returns:
-        The different prompts in order of first appearance, and for each row the index of its prompt
-        among them.
+        The different prompts in order of first appearance, and the index of each row's prompt in
+        this list.
     """
     found: dict[tuple[int, ...], int] = {}
     source = [found.setdefault(tuple(prompt), len(found)) for prompt in prompts]
@@ -149,8 +149,8 @@ class TrajectoryBuilder:
 class EnvironmentEpisode:
     """An episode of an environment that is being played.
 
-    In a run of several processes only one process plays the episode and has its state. There, begin
-    episodes with `begin_episodes` and take their turns with `act_all`.
+    In a multi-process run only one process plays the episode and has its state. In such a run,
+    begin episodes with `begin_episodes` and take their turns with `act_all`.
 
     Args:
         environment: Environment to play in.
@@ -160,7 +160,7 @@ class EnvironmentEpisode:
 
     Raises:
         ValueError: A `TimeLimited` environment hangs again and again (`raise_if_hanging`). The
-            methods `act` and `play` raise it too.
+            methods `act` and `play` raise this error too.
     """
 
     def __init__(self, environment: Environment, problem: Problem, owner: int = 0):
@@ -174,13 +174,13 @@ class EnvironmentEpisode:
         """Whether the episode was terminated or truncated."""
 
     def branch(self) -> "EnvironmentEpisode":
-        """Return a copy of the episode that continues independently from its present state."""
+        """Return a copy of the episode that continues independently from its current state."""
         other = copy.copy(self)
         other.rewards = list(self.rewards)
         return other
 
     def act(self, completion: Completion) -> str:
-        """Take a turn in a run of one process, and return the observation.
+        """Take a turn in a single-process run, and return the observation.
 
         Raises:
             ValueError: The run has several processes, the environment hangs, or it gives an invalid
@@ -224,7 +224,7 @@ class EnvironmentEpisode:
     def reward(self) -> Reward:
         """Reward of the whole episode, of which at least one turn must have been taken.
 
-        Its value is the sum of the turns' rewards. Success, error and info are those of the last
+        Its value is the sum of the turns' rewards. Success, error and info are taken from the last
         turn, and `info` also has the number of `turns`.
         """
         last = self._last
@@ -241,8 +241,8 @@ def begin_episodes(
     Args:
         environment: Environment of all episodes.
         problems: Problem of each episode.
-        owners: Number of each episode that chooses its process (`EnvironmentEpisode`); its index by
-            default.
+        owners: For each episode, the number that chooses its process (`EnvironmentEpisode.owner`);
+            the index of the episode by default.
 
     Raises:
         ValueError: The environment hangs. The error is raised in all processes.

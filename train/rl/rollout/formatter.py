@@ -12,14 +12,14 @@ from train.rl.types import Completion, Problem
 
 
 def has_chat_template(lm: LanguageModel) -> bool:
-    """Return whether a model has a chat template, in which `sft` renders its conversations."""
+    """Return whether a model has a chat template, with which `sft` renders conversations."""
     tokenizer = lm.tokenizer
     return isinstance(tokenizer, PretrainedTokenizer) and tokenizer.chat_template is not None
 
 
 @dataclasses.dataclass(frozen=True)
 class PromptFormatter:
-    """Translation of texts to token ids and back.
+    """Formatter that translates texts to token ids and back.
 
     Attributes:
         lm: Language model whose tokenizer is used.
@@ -33,7 +33,7 @@ class PromptFormatter:
         """Encode a conversation as the prompt of the policy's next response.
 
         Args:
-            messages: Texts of user and policy in turn; the user's comes first.
+            messages: Texts of the user and of the policy in alternation; the first is the user's.
 
         Raises:
             ValueError: `chat` is True and the tokenizer is not that of a pretrained model.
@@ -50,7 +50,7 @@ class PromptFormatter:
         return chat_ids(tokenizer, said)
 
     def observation(self, text: str, limit: int) -> list[int]:
-        """Encode an observation that continues a text, truncated to `limit` ids."""
+        """Encode an observation as the continuation of a text, truncated to `limit` ids."""
         return self.lm.tokenizer.encode(text)[0].tolist()[:limit]
 
     def cut(self, text: str, limit: int) -> str:

@@ -1,6 +1,7 @@
 """Knapsack RL: allocating a step's rollouts to the most informative problems (arXiv 2509.25849).
 
-All is computed on the host in float64: for success rates near 0 and 1, float32 is too coarse.
+Everything is computed on the host in float64: for success rates near 0 and 1, float32 is too
+coarse.
 """
 
 import math
@@ -9,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 
 CONFIDENCE = 0.9
-"""Probability of a mixed group that a problem's demand for rollouts (`demand`) aims at."""
+"""Probability of mixed outcomes at which the number of rollouts of `demand` aims."""
 
 
 def mixed_probability(count: np.ndarray | float, rate: np.ndarray | float) -> np.ndarray:
@@ -27,7 +28,7 @@ def mixed_probability(count: np.ndarray | float, rate: np.ndarray | float) -> np
 
 
 def information_gain(rate: np.ndarray | float) -> np.ndarray:
-    """First-order gain of the success rate p from an update: p (1-p)^2, maximal at p = 1/3."""
+    """First-order gain of the success rate p by an update: p (1-p)^2, maximal at p = 1/3."""
     rate = np.asarray(rate, np.float64)
     return rate * (1.0 - rate) ** 2
 
@@ -48,7 +49,7 @@ def value(count: np.ndarray | float, rate: np.ndarray | float) -> np.ndarray:
 def demand(rate: float, high: int) -> int:
     """Estimate how many rollouts make a mixed group with probability `CONFIDENCE`.
 
-    This is ln(1 - `CONFIDENCE`) / ln(max(p, 1-p)), rounded down, and at most `high`.
+    The estimate is ln(1 - `CONFIDENCE`) / ln(max(p, 1-p)), rounded down, and at most `high`.
 
     Args:
         rate: Success rate (p), above 0 and below 1.
@@ -84,18 +85,19 @@ def allocate(rates: Sequence[float], total: int, low: int, high: int) -> np.ndar
     count = np.arange(low, high)
     marginal = information_gain(rate) * (rate**count * (1 - rate) + (1 - rate) ** count * rate)
     best = np.argsort(-marginal, axis=None, kind="stable")[: total - low * len(rate)]
-    # A row's marginals fall, so how many of them are chosen says which.
+    # Marginal values of a row decrease, so it is enough to count the chosen ones.
     return low + np.bincount(best // max(high - low, 1), minlength=len(rate))
 
 
 def plan(rates: Sequence[float | None], shares: Sequence[int], low: int, high: int) -> list[int]:
     """Distribute the rollouts of a step among its problems.
 
-    A problem of unknown success rate gets its uniform number. Each other problem gets `low`. What
-    is left goes first to problems of rates between 0 and 1, up to the sum of their demands
-    (`demand`). Any rest goes evenly to problems that never succeeded; if there are none, to those
-    that always succeeded. What exceeds `high` there goes to the remaining problems of known rate.
-    Finally `allocate` redistributes the rollouts of the problems of rates between 0 and 1.
+    A problem of unknown success rate gets its uniform share, each other problem `low` rollouts. The
+    remaining rollouts go first to problems with a rate between 0 and 1, up to the sum of their
+    demands (`demand`). Rollouts that are still left go evenly to problems that never succeeded; if
+    there are no such problems, to problems that always succeeded. Rollouts that exceed `high` there
+    go to the other problems of known rate. Finally `allocate` redistributes the rollouts of the
+    problems with a rate between 0 and 1.
 
     Args:
         rates: Estimated success rate of each problem; None if it is not known.
@@ -116,7 +118,7 @@ def plan(rates: Sequence[float | None], shares: Sequence[int], low: int, high: i
     extra = dict.fromkeys(known, 0)
 
     def give(problems: list[int], most: int) -> None:
-        """Distribute up to `most` of the rollouts left evenly; the first get the remainder."""
+        """Distribute up to `most` of the remaining rollouts evenly; the first get one more."""
         nonlocal left
         capacity = sum(high - low - extra[index] for index in problems)
         given = min(left, most, capacity)
@@ -125,7 +127,7 @@ def plan(rates: Sequence[float | None], shares: Sequence[int], low: int, high: i
         for number, index in enumerate(problems):
             extra[index] += each + (number < more)
 
-    # Within a class all have the same number, so `give` to it exceeds nobody's bound.
+    # Problems of a class have equal counts, so `give` exceeds no problem's bound.
     give(inside, needed)
     for problems in (never, inside, always) if never else (always, inside):
         give(problems, left)

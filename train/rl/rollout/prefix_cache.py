@@ -1,4 +1,4 @@
-"""Cache of the decoding states of prefixes that a search may continue, limited in bytes."""
+"""LRU cache of the decoding states of prefixes that a search may continue, limited in bytes."""
 
 import collections
 import dataclasses
@@ -20,11 +20,11 @@ _PARTS = 4
 
 @dataclasses.dataclass(frozen=True)
 class Prefix:
-    """A text that responses continue.
+    """A text (prompt, responses, observations) that new responses continue.
 
     Attributes:
         key: Name of the prefix in the cache.
-        tokens: Ids of the text: prompt, responses and observations.
+        tokens: Ids of the text.
         points: Index of the token after each event of latent memory in the text.
         kinds: Kind of each event, `PROMPT` or `INFERENCE` (`memgen.insertion`).
         latents: Latents of each event, `[K, D]` each: K latents of width D.
@@ -38,17 +38,17 @@ class Prefix:
 
 
 class PrefixCache:
-    """Slots that hold the cached state of one prefix each; the least recently used is evicted.
+    """LRU cache whose slots hold the decoding state (caches and latents) of one prefix each.
 
-    All slots are rows of one session of fixed size. Copying rows out of it and into it are two
-    compiled programs whose cost depends only on the number of copied rows. A prefix that is not in
-    the cache is prefilled again, with the latents that were woven into it.
+    All slots are rows of one session of fixed size. Two compiled programs copy rows out of this
+    session and into it; their cost depends only on the number of copied rows. A prefix that is not
+    in the cache is prefilled again, with the latents that were woven into it.
 
     Args:
         sampler: Sampler whose conversations are branched.
-        batch: Maximum number of rows in a call. Programs are compiled for at least a quarter of it,
-            so that there are few of them.
-        useful: Number of prefixes beyond which more slots are of no use.
+        batch: Maximum number of rows in a call. Programs are compiled for at least a quarter of
+            this number, so that few programs are compiled.
+        useful: Maximum number of prefixes that can be needed; further slots would stay unused.
         max_bytes: Maximum number of bytes of all slots.
         max_tokens: Capacity of a row in tokens.
         responses: Number of responses for whose latents a row has capacity.
@@ -101,8 +101,8 @@ class PrefixCache:
             prefixes: Prefix of each row, at most `capacity` different ones.
             seed: Numbers that all randomness is derived from.
             names: Name of the problem of each row.
-            numbers: Number of each row among those of its problem. With the name and the seed it
-                decides the row's sampling noise (`row_keys`).
+            numbers: Number of each row among the rows of its problem. Seed, name and number decide
+                the row's sampling noise (`row_keys`).
         """
         different = {prefix.key: prefix for prefix in prefixes}
         for key in different:
@@ -128,9 +128,9 @@ class PrefixCache:
         """Copy some rows of a conversation into slots; only the last `capacity` of them are kept.
 
         Args:
-            conversation: Conversation, which is not to be continued itself afterwards.
+            conversation: Conversation, which must not be continued afterwards.
             rows: Indices of the rows.
-            keys: Name of the prefix that each of these rows has become.
+            keys: Key in the cache of the prefix that each of these rows has become.
         """
         for key in keys[: -self.capacity]:
             self._evicted.add(key)
@@ -139,7 +139,7 @@ class PrefixCache:
             self._put(conversation.session, rows, keys)
 
     def release(self, keys: Sequence[Hashable]) -> None:
-        """Free the slots of prefixes that will not be continued any more."""
+        """Free the slots of the prefixes with these keys, which will not be continued any more."""
         for key in keys:
             self._evicted.discard(key)
             if key in self._slots:
@@ -153,7 +153,7 @@ class PrefixCache:
         texts = [prefix.tokens for prefix in prefixes]
         tokens, length = padded(texts, self._rows(len(texts)), 1)
         tokens = tokens[:, : self._max_tokens]
-        unused = jnp.broadcast_to(keys[0], tokens.shape[:1])  # rows get keys when they are taken
+        unused = jnp.broadcast_to(keys[0], tokens.shape[:1])  # `take_rows` sets the keys
         given = sampler.policy, sampler.place(tokens), sampler.place(length)
         if any(len(prefix.points) for prefix in prefixes):
             plan, latents = self._events(prefixes, len(tokens))
@@ -173,7 +173,7 @@ class PrefixCache:
         self._put(session, range(len(prefixes)), [prefix.key for prefix in prefixes])
 
     def _events(self, prefixes: Sequence[Prefix], rows: int) -> tuple[memgen.Plan, jax.Array]:
-        """Make the plan and the latents `[B, E, K, D]` of all events of some prefixes."""
+        """Make the plan and the latents, `[B, E, K, D]`, of `E` events of each of `B` prefixes."""
         config = self._sampler.policy.config
         events = self._responses * config.events
         point, kind = np.full((rows, events), -1, np.int32), np.full((rows, events), INFERENCE)
@@ -203,7 +203,7 @@ class PrefixCache:
         )
 
     def _slot(self) -> int:
-        """Take a free slot, or that of the least recently used prefix, which is evicted."""
+        """Take a free slot, or evict the least recently used prefix and take its slot."""
         if self._free:
             return self._free.pop()
         key, slot = self._slots.popitem(last=False)
@@ -221,7 +221,7 @@ def _axes(policy: Any, session: Any) -> Any:
 @jax.jit
 def _branch_rows(policy, slots, source, keys):
     session = slots.take_rows(policy, source, keys)
-    # Noise goes by the keys alone, whether the prefix was held or prefilled again.
+    # Noise depends on the keys alone, not on whether the prefix was cached or prefilled again.
     return session.replace(responses=jnp.zeros_like(session.responses))
 
 

@@ -20,24 +20,25 @@ def make_rows(
     events: int = 0,
     returns: Sequence[np.ndarray] | None = None,
 ) -> Rows:
-    """Pad trajectories on the right to one length L, and add padding rows, to K rows in all.
+    """Pad trajectories on the right to a common length L, and add padding rows up to K rows.
 
     Args:
         trajectories: `N` trajectories, at least one.
         advantages: Advantages of the tokens of each trajectory, one number per token, or a scalar
             for all of its tokens.
         multiple: Factor of the number of rows: K is `multiple` times a power of two.
-        events: Capacity E of a row for events of latent memory; 0 for none.
-        returns: Return from each token of each trajectory on, one number per token, which a value
-            head learns to predict; None without a value head.
+        events: Capacity E of a row for latent-memory events; 0 without latent memory.
+        returns: For each token of each trajectory, the return that a value head learns to predict
+            before the token; None without a value head.
 
     Returns:
         A dict of arrays. Always: `tokens [K, L]` int32, `trained [K, L]` bool, `sampler [K, L]`
         float32 (the sampler's log-probabilities), `advantages [K, L]` float32, `length [K]` int32
         and `weight [K]` float32 (both 1 for padding rows), and `valid [K]` bool, False for padding
-        rows. With `events`: `decisions [K, L]` int8, padded with -1, and the plan, `point` and
-        `kind` `[K, E]` int32, where an unused event has point -1. With `returns`: `returns` and the
-        trajectories' `values`, `[K, L]` float32. All else is padded with 0.
+        rows. With `events`: `decisions [K, L]` int8, padded with -1, and the plan of events,
+        `point` and `kind` `[K, E]` int32, where an unused event has point -1. With `returns`:
+        `returns` and the trajectories' `values`, `[K, L]` float32. All other arrays are padded with
+        0.
 
     Raises:
         ValueError: A trajectory has more than `events` events.
@@ -80,7 +81,7 @@ def make_rows(
 def _plans(
     trajectories: Sequence[Trajectory], count: int, events: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the points and the kinds `[K, E]` int32 of the latent-memory events in sampling."""
+    """Return the points and the kinds, `[K, E]` int32, of events that were woven in sampling."""
     point = np.full((count, events), -1, np.int32)
     kind = np.full((count, events), INFERENCE, np.int32)
     for index, row in enumerate(trajectories):

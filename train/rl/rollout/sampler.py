@@ -1,4 +1,4 @@
-"""Sampling of responses, with shared prefills of prompts and a random key for each row."""
+"""Sampling of responses, with shared prefills of prompts and a PRNG key for each row."""
 
 import dataclasses
 import functools
@@ -21,13 +21,13 @@ from train.rl.buckets import SHORTEST, bucket
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """Settings by which responses are sampled, and by which the learner scores their tokens.
+    """Settings with which responses are sampled and the learner scores their tokens.
 
     Attributes:
         temperature: Sampling temperature of tokens; 0 takes the most probable token.
         valid_vocab_size: Number of ids to sample from, counted from id 0.
         stop: Ids that end a response.
-        memory: Trigger policy of latent memory, for a policy with a weaver.
+        memory: Trigger policy, which decides when latents are woven, for a policy with a weaver.
         top_p: Probability mass of nucleus sampling: the fewest most probable tokens with at least
             this mass are sampled from. None samples from all tokens, as in training.
     """
@@ -46,8 +46,8 @@ class Sampled:
     Attributes:
         tokens: Ids of the response, `[T]` int32, including the stop id.
         log_probs: Log-probability of each token at the sampling temperature, `[T]` float32.
-        decisions: Decision of the trigger before each token, `[T]` int8: -1 none was made, 0
-            skipped, 1 invoked.
+        decisions: Decision of the trigger before each token, `[T]` int8: -1 for no decision, 0 for
+            skip, 1 for invoke.
         latents: Latents that were woven into the response, `[E, K, D]`: K latents of width D for
             each of the E decisions to invoke; None unless `Conversation.respond` gets `events`.
     """
@@ -59,10 +59,10 @@ class Sampled:
 
 
 class Sampler:
-    """Sampler of responses of one set of weights.
+    """Sampler of responses of a policy with fixed parameters.
 
-    The numbers of rows, prompts and tokens are rounded up to buckets, powers of two (the rows
-    times the number of shards). One program is compiled for each combination and reused.
+    The numbers of rows, prompts and tokens are rounded up to buckets, which are powers of two (for
+    rows, times the number of shards). One program is compiled for each combination and reused.
 
     Args:
         policy: Policy as a `MemGen` (`train.rl.learning.policy.sampler_of`).
@@ -75,7 +75,7 @@ class Sampler:
     """
 
     def __init__(self, policy: MemGen, sampling: Sampling, max_rows: int, mesh: Mesh):
-        # Many calls of few tokens: none of them copies blocks out of their stack.
+        # For many calls of few tokens, none of which copies blocks out of their stack.
         self.policy, self.sampling = policy.for_decoding(), sampling
         self.max_rows, self._mesh = max_rows, mesh
         self._shards = math.prod(mesh.shape[name] for name in batch_axes(mesh))
@@ -103,12 +103,12 @@ class Sampler:
         """Prefill each prompt once, and begin a conversation whose rows share these prefills.
 
         After a call with `max_rows` rows and at most half as many prompts, the prefilled prompts
-        are kept for the next call, which may have more rows of the same problems.
+        are kept for the next call, which may sample more rows of the same problems.
 
         Args:
             prompts: Ids of the different prompts.
             source: Index of the prompt of each row, `R` of them.
-            keys: Random key of each row, `[R]` (`row_keys`).
+            keys: PRNG key of each row, `[R]` (`row_keys`).
             more_tokens: Capacity of a row for tokens after the prompt.
             responses: Number of responses for whose latents a row has capacity.
         """
@@ -134,7 +134,7 @@ class Sampler:
     ) -> "_Prefilled":
         tokens, length = padded(texts, self.rows(len(texts)), 1)
         more_tokens, responses = capacity
-        unused = jnp.broadcast_to(keys[0], tokens.shape[:1])  # rows get keys when they are taken
+        unused = jnp.broadcast_to(keys[0], tokens.shape[:1])  # `take_rows` sets the keys
         session = memgen.begin(
             self.policy, self.place(tokens), self.place(length), unused,
             tokens.shape[1] + more_tokens, responses,
@@ -183,12 +183,12 @@ class Conversation:
             active: Whether each row responds, `[R]` bool; all rows by default.
             limits: Maximum number of tokens of each row's response, `[R]` int, each at most
                 `max_new_tokens`; the same for all rows by default.
-            events: Number of latent-memory events of the response that each row continues, without
-                the one before its first token, `[R]` int; -1 for rows that begin a response. If
-                given, the latents are returned too.
+            events: Number of latent-memory events so far of the response that each row continues,
+                not counting an event before its first token, `[R]` int; -1 for rows that begin a
+                response. If given, the latents are returned too.
 
         Returns:
-            The response of each row, `R` of them; those of rows that are not active are empty.
+            The response of each of the `R` rows; responses of inactive rows are empty.
 
         Raises:
             FloatingPointError: A log-probability is not finite, since the logits are NaN.
@@ -212,7 +212,7 @@ class Conversation:
             raise FloatingPointError("the policy's logits are NaN: it has diverged")
         sampler.generated += int(count.sum())
         if not sampler.weaves:
-            decisions = np.full_like(decisions, -1)  # none was made
+            decisions = np.full_like(decisions, -1)  # no decision was made
         rows = zip(count, tokens, log_probs, decisions, strict=True)
         found = [Sampled(*(part[:written] for part in parts)) for written, *parts in rows]
         if events is None:
@@ -222,7 +222,7 @@ class Conversation:
         return [dataclasses.replace(one, latents=new[at >= 0]) for one, at, new in rows]
 
     def observe(self, observations: Sequence[Sequence[int]]) -> None:
-        """Append an observation's ids to each row by a prefill; an empty one changes nothing."""
+        """Append an observation's ids to each row by a prefill; a row without ids is unchanged."""
         tokens, length = padded(observations, self.session.keys.shape[0], 0)
         if length.any():
             place = self._sampler.place
@@ -232,7 +232,7 @@ class Conversation:
 
 
 def row_keys(seed: Sequence[int], uids: Sequence[str], samples: Sequence[int]) -> jax.Array:
-    """Derive the random key of each row from the seed, the row's problem and the row's number.
+    """Derive the PRNG key of each row from the seed, the row's problem and the row's number.
 
     A row's text therefore depends neither on the other rows of the batch nor on their order.
 
@@ -242,7 +242,7 @@ def row_keys(seed: Sequence[int], uids: Sequence[str], samples: Sequence[int]) -
         samples: Index of each row among the rollouts of its problem, `R` of them.
 
     Returns:
-        Array of keys `[R]`.
+        Array of PRNG keys, `[R]`.
     """
     hashes = np.array([zlib.crc32(uid.encode()) for uid in uids], np.uint32)
     return _fold_rows(_base_key(tuple(seed)), hashes, np.array(samples, np.uint32))
@@ -261,7 +261,7 @@ def _fold_rows(base: jax.Array, hashes: jax.Array, samples: jax.Array) -> jax.Ar
 
 @dataclasses.dataclass(frozen=True)
 class _Prefilled:
-    """Prefilled prompts.
+    """Prefilled prompts, which rows of several conversations may share.
 
     Attributes:
         session: Session whose rows hold the prefilled prompts.
@@ -289,7 +289,7 @@ def take_rows(policy, session, source, keys):
         policy: Policy as a `MemGen`.
         session: Session to copy from.
         source: Index of the row that each new row copies, `[R]` int32.
-        keys: Random key of each new row, `[R]`.
+        keys: PRNG key of each of the `R` new rows, `[R]`.
     """
     return session.take_rows(policy, source, keys)
 
@@ -297,7 +297,7 @@ def take_rows(policy, session, source, keys):
 def padded(
     texts: Sequence[Sequence[int]], rows: int, shortest: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Pad texts on the right with 0 to a common length C, a bucket.
+    """Pad texts on the right with 0 to a common length `C`, rounded up to a bucket.
 
     Args:
         texts: Ids of each text.

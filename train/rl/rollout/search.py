@@ -29,19 +29,20 @@ class TreeSearchOptions(SearchOptions):
     """Options of tree searches in training.
 
     Attributes:
-        step_len: Maximum number of tokens of a node, at most those of a response. None for the
-            paper's 256, or an eighth of the longest response if that is less. Must be None in an
+        step_len: Maximum number of tokens of a node, at most `max_new_tokens`. None for the paper's
+            256, or an eighth of the longest response if that is less. Must be None in an
             environment, where a node is a turn.
         cache_mib: Maximum size in MiB of the cached states of nodes that searches may continue.
-            Beyond it the least recently used states are evicted, and prefilled again when needed.
-        probe: Number of direct rollouts (K) of a problem that decide whether it is hard; 0 treats
-            every problem without kept solutions as hard.
+            Beyond this size the least recently used states are evicted, and prefilled again when
+            needed.
+        probe: Number of direct rollouts (K) of a problem that decide whether the problem is hard; 0
+            treats every problem without kept solutions as hard.
         threshold: Maximum success rate of a problem that counts as hard and is searched (δ).
         max_turns: Number of turns after which an episode is truncated. None takes the environment's
             `max_turns`, or 8 if it has none.
         max_observation: Maximum number of tokens of an observation; longer ones are truncated.
-        export: File to which the first tree of each step is appended as a line of JSON; none if
-            empty.
+        export: File to which the first tree of each step is appended as a line of JSON; empty for
+            no export.
     """
 
     step_len: int | None = None
@@ -71,18 +72,18 @@ class TreeSearchOptions(SearchOptions):
 
 
 OPTIONS = [field.name for field in dataclasses.fields(TreeSearchOptions)]
-"""Names of the options, which the method `deepsearch` shares with the strategy."""
+"""Names of the options, which are also options of the method `deepsearch`."""
 
 
 @dataclasses.dataclass(frozen=True)
 class TreeSearch(TreeSearchOptions, RolloutStrategy):
     """Tree search on hard problems, where each rollout is a path to a terminal (DeepSearch).
 
-    At each visit a problem gets `probe` direct rollouts, whose success rate decides whether it is
-    hard. If it is not, its group consists of direct rollouts and the problem is set aside. If it
-    is, it is searched and its group consists of the terminals that the search backed up. If earlier
-    visits found solutions of the problem, it is not searched: its group consists of such solutions
-    and of direct rollouts, whose success rate again decides whether it is hard.
+    At each visit, the success rate of `probe` direct rollouts decides whether a problem is hard.
+    The group of an easy problem consists of direct rollouts, and the problem is set aside. A hard
+    problem is searched, and its group consists of the terminals that the search backed up. A
+    problem with solutions from earlier visits is not searched: its group consists of these
+    solutions and of direct rollouts, whose success rate decides whether the problem is still hard.
     """
 
     word: ClassVar[str] = "tree_search"
@@ -149,7 +150,7 @@ class TreeSearch(TreeSearchOptions, RolloutStrategy):
 
     @property
     def limits(self) -> Limits:
-        """Sizes of the searches of a run."""
+        """Limits of the searches of a run, in tokens, turns and bytes."""
         step_len = self.step_len or min(_STEP_LEN, -(-self.max_new_tokens // _DEPTH))
         return Limits(
             step_len, self.max_new_tokens, self.turns, self.max_observation,
@@ -172,7 +173,7 @@ class TreeSearch(TreeSearchOptions, RolloutStrategy):
         active = {group: count for group, count in enumerate(counts) if count}
         aside = [group for group in active if self._solved.is_aside(problems[group].uid)]
         replayed = self._replay(visit, active)
-        # A search says little of how often the policy succeeds: the probes do, at each visit.
+        # A search does not show how often the policy succeeds; the probes of each visit do.
         probed = [group for group in active if group not in aside and group not in replayed]
         probes = self._respond(visit, dict.fromkeys(probed, self.probe))
         easy = [group for group in probed if probes[group] and not self._is_hard(probes[group])]
@@ -191,7 +192,7 @@ class TreeSearch(TreeSearchOptions, RolloutStrategy):
             self._solved.visited(problems[group].uid, _rate(direct), solutions)
             successes = sum(row.reward.success for row in direct)
             self._add({"direct_rollouts": len(direct), "direct_success": successes})
-            # Direct rollouts that are not of the group only count for success rates.
+            # Direct rollouts outside of the group only count for success rates.
             probing = (
                 direct if group in searched else direct[count - len(replayed.get(group, ())) :]
             )
@@ -204,7 +205,7 @@ class TreeSearch(TreeSearchOptions, RolloutStrategy):
     def _respond(
         self, visit: "_Visit", counts: Mapping[int, int], *salt: int
     ) -> dict[int, list[Trajectory]]:
-        """Make direct rollouts, `counts[group]` of each group; return them by group."""
+        """Make `counts[group]` direct rollouts of each group, and return these by group."""
         groups = [group for group in sorted(counts) if counts[group] > 0]
         rows = self._direct.collect(
             visit.sampler, visit.task, [visit.problems[group] for group in groups],
@@ -217,10 +218,11 @@ class TreeSearch(TreeSearchOptions, RolloutStrategy):
         return found
 
     def _replay(self, visit: "_Visit", counts: Mapping[int, int]) -> dict[int, list[Trajectory]]:
-        """Sample solutions of earlier visits; return them by group, for groups that have any.
+        """Sample solutions of earlier visits; return a dict from group to solutions.
 
-        Room is left in each group for `probe` direct rollouts, or for all but one if the group is
-        small, and for at least one: they decide whether the problem is still hard.
+        Each group leaves capacity for `probe` direct rollouts, which decide whether the problem is
+        still hard. A group that is too small for that has at most one solution, and at least one
+        direct rollout.
         """
         found = {}
         for group, count in counts.items():
@@ -232,7 +234,7 @@ class TreeSearch(TreeSearchOptions, RolloutStrategy):
         return found
 
     def _search(self, visit: "_Visit", counts: Mapping[int, int]) -> dict[int, list[Trajectory]]:
-        """Search the problems of some groups; return `counts[group]` trajectories by group."""
+        """Search the problem of each group, and return `counts[group]` trajectories by group."""
         task = self.limited(visit.task) if self.turns else visit.task
         searcher = Searcher(visit.sampler, self.formatter, task, self, self.limits, visit.seed)
         groups = list(counts)
@@ -262,7 +264,7 @@ class TreeSearch(TreeSearchOptions, RolloutStrategy):
         self._kept["counts"] = {}
         if rollouts := found.get("search/direct_rollouts"):
             found["search/direct_success"] /= rollouts
-        else:  # no rate of nothing
+        else:  # no rollouts, no rate
             found.pop("search/direct_success", None)
         return found | {
             "search/hard": float(self._solved.num_hard),
@@ -278,7 +280,7 @@ class TreeSearch(TreeSearchOptions, RolloutStrategy):
 
     @property
     def state(self) -> dict[str, Any]:
-        """Dict of the `tokenizer`'s checksum, `hard` problems with solutions, and those `aside`."""
+        """Dict of the checksum `tokenizer` and the state of `SolvedProblems` (`hard`, `aside`)."""
         return {"tokenizer": self._tokenizer, **self._solved.state}
 
     def restore(self, state: Mapping[str, Any]) -> None:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-LEAST_WEIGHT = 0.1  # of a node in a backup, however deep the tree is
+LEAST_WEIGHT = 0.1  # minimum weight of a node in a backup, in trees of any depth
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,14 +24,16 @@ class SearchOptions:
         exploration: Weight of the exploration term of UCT (λ).
         value_weight: Weight of tanh Q(parent) in the score of a frontier node (λ1).
         entropy_weight: Weight of the mean negative log-probability of a frontier node's chunk (λ2):
-            above 0 it prefers uncertain chunks, below 0 confident ones.
+            a positive weight prefers uncertain chunks, a negative weight confident chunks.
         depth_weight: Weight of the depth term of a frontier node (λ3).
         depth_term: Depth term of a node of depth d in a tree of maximum depth d_T: "sqrt" is
             sqrt(d / d_T), "log" is log(d + 1), "linear" is d.
         backup: Weight of a node of depth i in the backup of a terminal of depth l: "code" is
             (i+1)/(l+1) as in the authors' code, "paper" is i/l; both are at least 0.1.
-        value_scale: Bound on the absolute value of a node that is not a terminal (q_max).
-        value_temperature: Divisor of a node's value inside the tanh that bounds it (ε_q).
+        value_scale: Factor q_max of the bounded value q_max tanh(q / ε_q) that enters the
+            advantages of a node that is not a terminal; q is the node's accumulated value.
+        value_temperature: Divisor ε_q of the accumulated value q in this bounded value q_max tanh(q
+            / ε_q).
 
     Raises:
         ValueError: `width` is below 1, `value_scale` or `value_temperature` is not above 0, a
@@ -73,8 +75,9 @@ class Chunk:
         log_probs: Log-probability of each generated token, `[T]`.
         outcome: Outcome of a terminal, 1 if it solves the problem and -1 if not; None for a chunk
             that does not end its response.
-        complete: Whether the response of a terminal ended by itself, rather than was truncated.
-        payload: Data that the generator keeps with the node.
+        complete: Whether the response of a terminal has ended by itself and was not truncated.
+        payload: Object that the generator attaches to the node and the tree does not read; a
+            `Written` in `train.rl.rollout.searching`.
     """
 
     log_probs: Sequence[float] | np.ndarray
@@ -157,9 +160,10 @@ def uct(node: Node, parent_visits: int, exploration: float) -> float:
 def back_up(terminal: Node, options: SearchOptions) -> None:
     """Back up the outcome of a terminal along its path, and count a visit of each node.
 
-    The outcome is weighted by the node's depth (`backup_weight`). If it has the sign of the node's
-    value, or the value is 0, it is added. Otherwise a positive outcome replaces the negative value,
-    and a negative outcome is ignored, so that a positive value stays positive.
+    For each node, the outcome is weighted by the node's depth (`backup_weight`). If the node's
+    value is 0 or has the sign of the outcome, the weighted outcome is added to the value. Otherwise
+    a positive weighted outcome replaces the negative value, and a negative outcome is ignored, so
+    that a positive value stays positive.
 
     Args:
         terminal: Terminal node with an outcome.
@@ -177,9 +181,10 @@ def back_up(terminal: Node, options: SearchOptions) -> None:
 
 
 def backup_weight(depth: int, last: int, mode: Literal["code", "paper"]) -> float:
-    """Weight of a node at a depth in the backup of a terminal at depth `last`; at least 0.1.
+    """Return the weight of a node at depth `depth` in the backup of a terminal at depth `last`.
 
-    It is (depth + 1) / (last + 1) in the mode "code", and depth / last in the mode "paper".
+    The weight is at least 0.1. It is (depth + 1) / (last + 1) in the mode "code", and depth / last
+    in the mode "paper".
     """
     share = (depth + 1) / (last + 1) if mode == "code" else depth / last
     return max(share, LEAST_WEIGHT)
@@ -195,7 +200,8 @@ DEPTH_TERMS: dict[str, Callable[[int, int], float]] = {
 def frontier_score(node: Node, max_depth: int, options: SearchOptions) -> float:
     """Selection score of a frontier node: λ1 tanh Q(parent) + λ2 H + λ3 D(d).
 
-    H is the mean negative log-probability of the node's chunk, and D is the depth term.
+    Q(parent) is the parent's mean value, H is the mean negative log-probability of the node's
+    chunk, and D is the depth term.
 
     Args:
         node: Node other than the root.
@@ -210,7 +216,16 @@ def frontier_score(node: Node, max_depth: int, options: SearchOptions) -> float:
 
 
 def bounded_value(node: Node, options: SearchOptions) -> float:
-    """Value of a node for advantages: the outcome of a terminal, else q_max tanh(q / ε_q)."""
+    """Return the bounded value of a node, from which the advantages of its tokens are computed.
+
+    The bounded value of a terminal is its outcome, 1 or -1. Any other node has the bounded value
+    q_max tanh(q / ε_q), where q is `Node.value`, q_max is `SearchOptions.value_scale` and ε_q is
+    `SearchOptions.value_temperature`.
+
+    Args:
+        node: Node of a finished search.
+        options: Options of the search.
+    """
     if node.chunk.outcome is not None:
         return float(node.chunk.outcome)
     return options.value_scale * math.tanh(node.value / options.value_temperature)
@@ -219,8 +234,8 @@ def bounded_value(node: Node, options: SearchOptions) -> float:
 def most_confident(terminals: Sequence[Node]) -> Node:
     """Choose the terminal to back up.
 
-    A right terminal is preferred to a wrong one, then a complete response to a truncated one, then
-    the lowest mean negative log-probability over the whole response.
+    Correct terminals are preferred to wrong terminals, then complete responses to truncated
+    responses, then a lower mean negative log-probability over the whole response.
     """
 
     def order(node: Node) -> tuple[bool, bool, float]:
@@ -247,11 +262,11 @@ class Expansion:
 class SearchTree:
     """Tree of one search, which expands nodes until `outputs` terminals have been backed up.
 
-    A node is expanded to `width` children. If any of them are terminals, the best of these
+    A node is expanded to `width` children. If some children are terminals, the best terminal
     (`most_confident`) is backed up and the search continues at the frontier node with the highest
-    `score`. Otherwise it continues at the child with the highest UCT score. If the frontier is
-    empty, the best terminal that was not backed up is backed up; if there is none, the tree
-    requests a whole response from the root.
+    `score`. Otherwise the search continues at the child with the highest UCT score. If the frontier
+    is empty, the best terminal that was not yet backed up is backed up; if there is no such
+    terminal, the tree requests a whole response from the root.
 
     Args:
         outputs: Number of terminals to back up.
@@ -319,7 +334,7 @@ class SearchTree:
 
     @property
     def frontier(self) -> list[Node]:
-        """Nodes that can be expanded: all but terminals, the root and nodes of `width` children."""
+        """Nodes that can be expanded: not terminal, not the root, and with missing children."""
         return [
             node
             for node in self.nodes[1:]
@@ -336,12 +351,12 @@ class SearchTree:
         return frontier_score(node, self._max_depth, self._options)
 
     def bounded_value(self, node: Node) -> float:
-        """Return the value of a node for advantages, final once the search is finished."""
+        """Return the bounded value of a node, which is final once the search is finished."""
         return bounded_value(node, self._options)
 
     def _add(self, parent: Node, chunk: Chunk) -> Node:
         node = Node(chunk, parent, len(self.nodes), parent.depth + 1)
-        # A visit of its own that its ancestors do not count, as in the authors' code.
+        # As in the authors' code, ancestors do not count this first visit.
         node.visits = int(not node.terminal)
         parent.children.append(node)
         self.nodes.append(node)
@@ -353,10 +368,10 @@ class SearchTree:
         self.outputs.append(terminal)
 
     def _best_of_frontier(self) -> Node | None:
-        return max(self.frontier, key=self.score, default=None)  # the first of equals
+        return max(self.frontier, key=self.score, default=None)  # the first of equal scores
 
     def _descend(self, node: Node) -> Node | None:
-        """Descend by UCT to a node that lacks children; else return the best of the frontier."""
+        """Descend by UCT to a node with missing children, or return the best frontier node."""
         while len(node.children) >= self._options.width:
             living = [child for child in node.children if not child.terminal]
             if not living:

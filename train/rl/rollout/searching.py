@@ -24,19 +24,19 @@ from train.rl.rollout.search_tree import Chunk, Expansion, Node, SearchOptions, 
 from train.rl.scoring import score_all
 from train.rl.types import Completion, Problem, Reward, Trajectory
 
-_NOISE = 2  # of the seed: a search and direct rollouts of the same step differ
-_MOST_NODES = 1 << 20  # of a tree; problems that come twice in a step have noise of their own
+_NOISE = 2  # part of the seed, so that searches and direct rollouts of a step differ
+_MOST_NODES = 1 << 20  # of a tree; gives two searches of one problem in a step different noise
 
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """Sizes of searches.
+    """Limits of the searches of a run, in tokens, turns and bytes.
 
     Attributes:
         step_len: Maximum number of tokens of a node in a task of one response.
         max_new_tokens: Maximum number of tokens of a response.
-        turns: Number of turns after which an episode is truncated; each turn is one node. 0 for a
-            task of one response.
+        turns: Number of turns after which an episode is truncated, where each turn is one node; 0
+            for a task of one response.
         max_observation: Maximum number of tokens of an observation.
         cache_bytes: Maximum number of bytes of cached states.
     """
@@ -65,13 +65,13 @@ class Limits:
 
 @dataclasses.dataclass(frozen=True)
 class Written:
-    """Generated part of a node, linked to the parts of its ancestors.
+    """Generated text of a search node, linked to the generated texts of the node's ancestors.
 
     Attributes:
-        sampled: Generated tokens.
-        before: Part of the parent; None if the parent is the root.
+        sampled: Generated tokens of the node.
+        before: Generated text of the parent; None if the parent is the root.
         seen: Ids of the observation that follows the generated tokens.
-        play: Episode after this turn; None in a task of one response.
+        play: Episode after the node's turn; None in a task of one response.
         completion: Response that ends in this node: the turn's response in an environment, the
             whole response of a terminal in a task of one response, else None.
         reward: Reward of a terminal; None for other nodes.
@@ -86,12 +86,12 @@ class Written:
 
     @functools.cached_property
     def generated(self) -> int:
-        """Number of tokens generated since the prompt, this part included, without observations."""
+        """Number of tokens generated since the prompt, up to this node, without observations."""
         return len(self.sampled.tokens) + (0 if self.before is None else self.before.generated)
 
     @property
     def path(self) -> "list[Written]":
-        """Generated parts from the first one after the prompt to this one, included."""
+        """Generated texts of the nodes on the path, from the first after the prompt to this one."""
         found: list[Written] = []
         at: Written | None = self
         while at is not None:
@@ -102,7 +102,7 @@ class Written:
 
 @dataclasses.dataclass
 class Search:
-    """The search of one problem.
+    """State of the tree search of one problem.
 
     Attributes:
         group: Index of the problem in its step.
@@ -122,14 +122,14 @@ class Search:
 
 
 class Searcher:
-    """Runs the searches of a step.
+    """Runs the tree searches of a step, in batches with rows of all trees.
 
     Args:
-        sampler: Sampler of the current weights.
-        formatter: Translation of texts to ids.
+        sampler: Sampler with the current parameters of the policy.
+        formatter: Formatter that translates texts to token ids.
         task: Task or environment.
         options: Options of the trees.
-        limits: Sizes of the searches.
+        limits: Limits of the searches.
         seed: Numbers that all randomness is derived from.
     """
 
@@ -148,9 +148,12 @@ class Searcher:
             ("trees", "solved", "one_sided", "expansions", "whole", "nodes", "tokens", "prefills",
              "reprefills", "prefilled_tokens", "reused_tokens", "generation_seconds"), 0.0,
         )  # fmt: skip
-        """Totals over all searches by name: `trees`, `solved` trees, `one_sided` trees (whose
-        rollouts all succeed or all fail), `expansions` of nodes, `whole` responses from the root,
-        `nodes`, generated `tokens`, the counters of `PrefixCache`, and `generation_seconds`."""
+        """Totals over all searches, a mapping from name to number.
+
+        The names are `trees`, `solved` trees, `one_sided` trees (whose rollouts all succeed or all
+        fail), `expansions` of nodes, `whole` responses from the root, `nodes`, generated `tokens`,
+        the counters of `PrefixCache`, and `generation_seconds`.
+        """
 
     def run(
         self, groups: Sequence[int], problems: Sequence[Problem], outputs: Sequence[int]
@@ -247,7 +250,7 @@ class Searcher:
             self.counts["generation_seconds"] += time.perf_counter() - begin
         for search, expansion in asked:
             search.tree.expand(expansion.node, chunks[id(search)])
-            if expansion.node.parent is not None:  # the root may be needed again
+            if expansion.node.parent is not None:  # the root may be expanded again
                 cache.release([(search.group, expansion.node.number)])
         self.counts["expansions"] += len(asked)
 
@@ -286,10 +289,10 @@ class Searcher:
     def _branch(
         self, cache: PrefixCache, rows: Sequence[tuple[Search, Node]], born: Sequence[int]
     ) -> Conversation:
-        """Begin rows that continue nodes; problem and number of the new node decide the noise."""
+        """Begin rows that continue nodes; problem and number of a new node decide its noise."""
         numbers = [s.copy * _MOST_NODES + at for (s, _), at in zip(rows, born, strict=True)]
         prefixes: dict[int, Prefix] = {}
-        for search, node in rows:  # siblings go on from one node
+        for search, node in rows:  # siblings continue the same node
             if id(node) not in prefixes:
                 prefixes[id(node)] = self._prefix(search, node)
         return cache.branch(
@@ -409,7 +412,7 @@ def _path(written: Written | None) -> list[Written]:
 
 
 def _events(before: Written | None) -> int:
-    """Count the events of a response so far, except one before its first token; -1 if not begun."""
+    """Count a response's events, without an event before its first token; -1 if not begun."""
     if before is None:
         return -1
     return int((_joined(before.path).decisions[1:] == 1).sum())
@@ -426,7 +429,7 @@ def _joined(parts: Sequence[Written]) -> Sampled:
 
 
 def _batches(rows: Sequence[Any], max_rows: int, max_nodes: int) -> Iterator[list[Any]]:
-    """Yield batches of at most `max_rows` rows `(search, node, number)` of `max_nodes` nodes."""
+    """Yield batches of at most `max_rows` rows `(search, node, number)` and `max_nodes` nodes."""
     batch: list[Any] = []
     nodes: set[int] = set()
     for row in rows:

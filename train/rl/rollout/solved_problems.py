@@ -1,4 +1,4 @@
-"""Memory of tree search: the problems that are set aside, and the solutions of hard ones."""
+"""State of tree search between steps: problems set aside, and solutions of hard problems."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,11 +12,11 @@ MOST_SOLUTIONS = 16
 
 
 class SolvedProblems:
-    """Classification of problems as hard or set aside, with the solutions of the hard ones.
+    """Classification of problems as hard or set aside, with solutions of the hard problems.
 
-    A problem is unknown before its first visit. After each visit it is hard if the visit's success
-    rate was at most the threshold; otherwise it is set aside and its solutions are dropped. The
-    solutions of a hard problem accumulate over visits.
+    A problem is unknown before its first visit. After each visit, the problem is hard if the
+    visit's success rate was at most the threshold; otherwise the problem is set aside and its
+    solutions are dropped. The solutions of a hard problem accumulate over visits.
 
     Args:
         threshold: Maximum success rate of a problem that counts as hard (δ).
@@ -47,9 +47,9 @@ class SolvedProblems:
         """Classify a problem by its last visit, and keep its solutions if it is hard.
 
         Args:
-            uid: Name of the problem.
+            uid: Name of the problem (`Problem.uid`).
             rate: Success rate of the visit.
-            rows: Trajectories of the visit; the successful ones are solutions. The newest
+            rows: Trajectories of the visit; successful trajectories are solutions. The newest
                 `MOST_SOLUTIONS` different solutions of a problem are kept.
         """
         if not self.is_hard(rate):
@@ -70,13 +70,13 @@ class SolvedProblems:
         """Sample up to `most` kept solutions of a problem, without replacement.
 
         Args:
-            group: Index of the problem in its step, for the trajectories.
+            group: Index of the problem in its step, as `Trajectory.group`.
             problem: Problem whose solutions are sampled.
             most: Maximum number of solutions.
             rng: Random generator.
 
         Returns:
-            Trajectories of the source "cache", from the oldest to the newest.
+            Trajectories with the source "cache", from the oldest to the newest.
         """
         kept = self._hard.get(problem.uid, [])
         chosen = rng.permutation(len(kept))[:most]
@@ -99,11 +99,11 @@ class SolvedProblems:
 
     @property
     def state(self) -> dict[str, Any]:
-        """Dict of `hard`, solutions by problem, and `aside`, a list of problems, as JSON."""
+        """Dict of `hard`, a mapping from uid to solutions, and `aside`, a list of uids; as JSON."""
         return {"hard": self._hard, "aside": sorted(self._aside)}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Continue from the `state` of a checkpoint."""
+        """Restore the `state` that a checkpoint has stored."""
         self._hard = {uid: list(kept) for uid, kept in state["hard"].items()}
         self._aside = set(state["aside"])
 

@@ -25,20 +25,21 @@ from train.rl.types import Problem, Trajectory
 LONGEST = 10_000
 """Maximum number of turns, and of tokens of an observation."""
 
-_MAX_TURNS = 8  # of environments that do not say how many turns they take
+_MAX_TURNS = 8  # of environments without the attribute `max_turns`
 
 
 @dataclasses.dataclass(frozen=True)
 class RolloutStrategy:
-    """Base of all strategies.
+    """Base of all rollout strategies, which sample rollouts of problems.
 
     A subclass is a frozen dataclass with a `word`, options as fields, and `collect`. Register it as
-    `STRATEGIES[word]` to make it available to `--strategy`. What it keeps between steps belongs in
-    a field that is not an option, `field(default_factory=dict, init=False, repr=False,
-    compare=False)`, and must be part of `state` and `restore`. Each run has its own copy.
+    `STRATEGIES[word]` to make it available to `--strategy`. State that a strategy keeps between
+    steps belongs in a field that is not an option,
+    `field(default_factory=dict, init=False, repr=False, compare=False)`, and must be part of
+    `state` and `restore`. Each run has its own copy.
 
     Attributes:
-        formatter: Translation of texts to ids; set by the run.
+        formatter: Formatter that translates texts to token ids; set by the run.
         max_new_tokens: Maximum number of tokens of a response; set by the run.
         environment_limit_s: Number of seconds after which a reset or a step of an environment is
             abandoned (`TimeLimited`), None for no limit; set by the run.
@@ -59,7 +60,7 @@ class RolloutStrategy:
     environment_limit_s: float | None = dataclasses.field(default=30.0, repr=False)
 
     def limited(self, environment: Environment) -> TimeLimited:
-        """Wrap an environment with the run's time limit, in the same wrapper in every step."""
+        """Return the environment's `TimeLimited` wrapper, the same wrapper in every step."""
         return self._limits.of(environment)
 
     @functools.cached_property
@@ -70,7 +71,7 @@ class RolloutStrategy:
         """Return a copy of the strategy with the settings of a run.
 
         Args:
-            formatter: Translation of texts to ids.
+            formatter: Formatter that translates texts to token ids.
             config: Config of the run (`RLConfig`).
 
         Raises:
@@ -111,7 +112,7 @@ class RolloutStrategy:
         """Make `counts[i]` rollouts of `problems[i]`, for each group `i` of a step.
 
         Args:
-            sampler: Sampler of the current weights.
+            sampler: Sampler with the current parameters of the policy.
             task: `Task` or `Environment` of the run.
             problems: Problem of each group.
             counts: Number of rollouts of each problem.
@@ -128,7 +129,7 @@ class RolloutStrategy:
         return dataclasses.replace(self)
 
     def sets_aside(self, uid: str) -> bool:
-        """Return whether the problem with this name is to be skipped for now."""
+        """Return whether the problem with this uid is to be skipped for now."""
         del uid
         return False
 
@@ -136,21 +137,21 @@ class RolloutStrategy:
         """Take back all problems that were set aside; called when no other problem is left."""
 
     def metrics(self) -> dict[str, float]:
-        """Return metrics by name of how rollouts were made since the last call."""
+        """Return metrics of the rollouts since the last call, a dict from name to number."""
         return {}
 
     @property
     def state(self) -> Any:
-        """What the strategy keeps between steps, as JSON for checkpoints; None if nothing."""
+        """JSON-serialisable state that is kept between steps; None if the strategy has no state."""
         return None
 
     def restore(self, state: Any) -> None:
-        """Continue from the `state` of a checkpoint."""
+        """Restore the `state` that a checkpoint has stored."""
 
 
 @dataclasses.dataclass(frozen=True)
 class OneResponse(RolloutStrategy):
-    """Strategy of one response to each prompt, which is prefilled once for a batch of rollouts."""
+    """Strategy of one response per rollout; a prompt is prefilled once for a batch of rollouts."""
 
     word: ClassVar[str] = "one_response"
 
@@ -191,13 +192,13 @@ class Turns(RolloutStrategy):
         max_turns: Number of turns after which an episode is truncated. None takes the environment's
             `max_turns`, or 8 if it has none.
         max_observation: Maximum number of tokens of an observation; longer ones are truncated.
-        keep_context: Whether an episode is one row, in which turns continue with the earlier keys,
-            values and latents. Otherwise each turn is a separate row that begins with the text so
+        keep_context: Whether an episode is one row, whose KV cache and latents are kept from turn
+            to turn. Otherwise each turn is a separate row that begins with a prefill of the text so
             far, without earlier latents (as in the authors' MemGen). None keeps the context if the
             run trains the model without latent memory, uses no chat template and has `history`.
-        history: Whether the prompt of a turn has all earlier texts. Otherwise it is only the last
-            observation, and each turn is a separate row: for environments whose observations are
-            whole prompts, such as `sokoban_variants(restate=True)`.
+        history: Whether the prompt of a turn has all earlier texts. Otherwise the prompt is only
+            the last observation, and each turn is a separate row: for environments whose
+            observations are whole prompts, such as `sokoban_variants(restate=True)`.
 
     Raises:
         ValueError: `keep_context` is combined with `history=False` or a chat template, or a number

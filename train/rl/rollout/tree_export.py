@@ -12,22 +12,22 @@ from train.rl.rollout.searching import Search
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-LABELLED = 120  # nodes of a figure at most that have their texts beside them
+LABELLED = 120  # maximum number of nodes of a figure that shows the nodes' texts
 
 
 def tree_json(search: Search, formatter: PromptFormatter) -> dict[str, Any]:
-    """Convert the tree of a finished search to JSON.
+    """Convert the tree of a finished search to a JSON-serialisable dict.
 
     Args:
         search: Finished search.
-        formatter: Translation of ids to texts.
+        formatter: Formatter that translates token ids to texts.
 
     Returns:
         A dict of `uid`, `prompt` and `nodes`, the nodes in the order of generation, the root first.
-        A node is a dict of its `parent`'s index (None for the root), `depth`, `text` with the
+        A node is a dict of its `parent`'s index (None for the root), `depth`, `text` including the
         observation, number of generated `tokens`, `entropy` (mean negative log-probability),
-        `visits` (N), `value` (q), `bounded` (value for advantages), `outcome` (1 or -1, None if it
-        is not a terminal), `output` (index among the terminals that were backed up, or None) and
+        `visits` (N), `value` (q), `bounded` (`bounded_value`), `outcome` (1 or -1, None if it is
+        not a terminal), `output` (index among the terminals that were backed up, or None) and
         `score` (selection score of a frontier node, None for other nodes).
     """
     tree = search.tree
@@ -67,12 +67,12 @@ def append_tree(
 def draw_tree(tree: dict[str, Any]) -> "Figure":
     """Draw a figure of a finished tree, the root on top.
 
-    The colour of a node is its value for advantages. Terminals are squares, frontier nodes are
-    diamonds, and other nodes are circles. The order of its backup is written below a terminal that
-    was backed up. Trees of at most 120 nodes also show the nodes' texts.
+    The colour of a node shows its bounded value. Terminals are squares, frontier nodes are
+    diamonds, and other nodes are circles. A terminal that was backed up is labelled with the index
+    of its backup, counted from 1. Trees of at most 120 nodes also show the nodes' texts.
 
     Args:
-        tree: Tree as JSON (`tree_json`).
+        tree: Tree as a dict, the result of `tree_json`.
     """
     from matplotlib.figure import Figure
 
@@ -117,12 +117,12 @@ def draw_tree(tree: dict[str, Any]) -> "Figure":
 
 
 def _printable(text: str) -> str:
-    """Replace characters that fonts may lack, all but printable ASCII, by dots."""
+    """Replace all characters except printable ASCII, which fonts may lack, by dots."""
     return "".join(letter if " " <= letter <= "~" else "." for letter in text)
 
 
 def _positions(nodes: Sequence[dict[str, Any]]) -> list[float]:
-    """Compute the horizontal position of each node: leaves side by side, others above children."""
+    """Compute the horizontal position of each node: leaves side by side, parents above children."""
     children: list[list[int]] = [[] for _ in nodes]
     for at, node in enumerate(nodes[1:], 1):
         children[node["parent"]].append(at)

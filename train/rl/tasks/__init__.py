@@ -1,4 +1,4 @@
-"""Registry of one-response tasks by name, as in `reverse(length=4)`."""
+"""Registry of tasks of one response by name, as in `reverse(length=4)`."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Base of endless tasks, whose problems depend only on options, seed, split and index."""
+"""Base of endless tasks whose problems are generated from options, seed, split and index."""
 
 import dataclasses
 from typing import Any
@@ -29,6 +29,6 @@ class Generated(GeneratedProblems):
         return Problem(f"{self.word}-{digest(f'{prompt} {answer}'):016x}", prompt, answer, kind)
 
     def score(self, completion: Completion) -> Reward:
-        """Give 1 if the first line with any text, stripped, is the answer, else 0."""
+        """Return reward 1 if the first line that is not blank, stripped, is the answer, else 0."""
         right = answer_of(completion.text) == completion.problem.answer
         return Reward(float(right), right)

@@ -16,7 +16,8 @@ class GSM8K(WordProblems):
     Numbers are compared exactly, as fractions (`numbers.read_number`).
 
     Attributes:
-        bonus: Reward that is added if a number follows the response's last `####`, right or wrong.
+        bonus: Reward that is added if a number follows the response's last `####`, whether the
+            number is right or wrong.
 
     Raises:
         ValueError: An answer in the file does not end in `####` and one number.
@@ -34,10 +35,10 @@ class GSM8K(WordProblems):
         return number_text(number)
 
     def score(self, completion: Completion) -> Reward:
-        """Give 1 if the response's final number (`final_number`) is the answer, else 0.
+        """Return reward 1 if the response's final number (`final_number`) is the answer, else 0.
 
-        With `bonus`, it is added if a number follows the last `####`, and the info gets
-        `well_formed`.
+        A `bonus` other than 0 is added if a number follows the last `####`, and the info then has
+        the entry `well_formed`, 1 or 0.
         """
         right = final_number(completion.text) == completion.problem.answer
         reward = Reward(float(right), right)

@@ -14,18 +14,19 @@ NAMES = ("red", "blue", "green", "black", "white", "pink", "gold", "grey", "brow
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class HiddenFacts(Generated):
-    """`red=4 blue=7; red?` is answered by `4`; `red=4 blue=7; pink?` by `?`, which abstains.
+    """Facts to state or abstain from: `red=4; red?` is answered by `4`, `red=4; pink?` by `?`.
 
-    A hidden fact is not stated in the prompt but has a value, so a guess can be right. The success
-    of this task is to answer a stated fact or to abstain from a hidden one; a lucky guess is not a
-    success. The task is meant for rewards by outcome, `--method truthrl` or `--reward ternary`,
-    which count a lucky guess as a right answer: with ten values, guessing is worth 2/10 - 1.
+    A hidden fact is not stated in the prompt but has a value, so a guess can be right. Success is
+    to answer the question about a stated fact, or to abstain if the fact is hidden; a lucky guess
+    is not a success. The task is meant for rewards by outcome, `--method truthrl` or
+    `--reward ternary`, which count a lucky guess as a right answer: with ten values, the expected
+    reward of a guess is 2/10 - 1.
 
     Attributes:
         facts: Number of stated facts.
         values: Number of possible values of a fact, counted from 0.
-        hidden: Fraction of questions whose fact is not stated; they are out of knowledge.
-        unknown: Text that abstains. It must be the whole answer: "?4" does not abstain.
+        hidden: Fraction of questions whose fact is not stated; such a question is out of knowledge.
+        unknown: Text that abstains if it is the whole answer: "?4" does not abstain.
     """
 
     word: ClassVar[str] = "hidden_facts"
@@ -55,7 +56,7 @@ class HiddenFacts(Generated):
         return f"{stated}; {names[asked]}?", str(values[asked]), "hidden" if hidden else "stated"
 
     def score(self, completion: Completion) -> Reward:
-        """Give 1 for the value of a stated fact and for abstaining from a hidden one; else 0."""
+        """Return reward 1 for the value of a stated fact or for abstaining if hidden, else 0."""
         problem = completion.problem
         expected = self.unknown if self.out_of_knowledge(problem) else problem.answer
         success = answer_of(completion.text) == expected

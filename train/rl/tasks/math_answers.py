@@ -18,18 +18,20 @@ from train.rl.tasks.truthful import boxed
 
 INSTALL = 'pip install "thoughtbubbles[math]"'
 _PLAIN = re.compile(r"[-+]?[0-9.][0-9.,/ ]*")
-_MARKED = re.compile(r"(?<!\\)\$|\\boxed|\\\(|\\\[")  # but not a dollar of money
+_MARKED = re.compile(r"(?<!\\)\$|\\boxed|\\\(|\\\[")  # but not an escaped dollar sign
 _WORKER = Path(__file__).with_name("math_worker.py")
 
 
 class MathGrader:
-    """Grader that compares answers in a separate process, which starts when it is first needed.
+    """Grader that compares responses with right answers, by math-verify in a separate process.
 
-    It may be used from several threads; they take turns.
+    The process starts when it is first needed. A comparison that exceeds `limit_s` ends the process
+    and raises a `TimeoutError`; the next comparison starts a new process. The grader is
+    thread-safe: a lock lets one thread at a time use the process.
 
     Args:
-        limit_s: Maximum CPU time of a comparison in seconds. It is CPU time so that results do not
-            depend on how busy the machine is.
+        limit_s: Maximum CPU time of a comparison in seconds. CPU time is limited, not wall-clock
+            time, so that results do not depend on the load of the machine.
     """
 
     def __init__(self, limit_s: float):
@@ -49,7 +51,7 @@ class MathGrader:
             self._ensure()
 
     def has_value(self, gold: str) -> bool:
-        """Return whether a right answer is a number or something that math-verify can parse.
+        """Return whether a right answer is a number or a text that math-verify can parse.
 
         Args:
             gold: Right answer, in LaTeX or as a number.
@@ -79,7 +81,7 @@ class MathGrader:
         found = plain_number(text if box is None else box)
         if right is not None and found is not None:
             return right == found
-        if box is not None:  # math-verify would take boxes that stand near each other together
+        if box is not None:  # only one, as math-verify would combine neighbouring boxes
             text = f"\\boxed{{{box}}}"
         elif "\\" in text and "\n" not in text.strip():  # LaTeX alone, as it stands in a box
             text = in_box(text.strip())
@@ -91,7 +93,7 @@ class MathGrader:
             self._end()
 
     def _ask(self, gold: str, text: str | None) -> bool | None:
-        """Send a request and return the reply; retry once if the process was ended from outside."""
+        """Send a request and return the reply; retry once if the process ended unexpectedly."""
         code = None
         for _ in range(2):
             with self._lock:
@@ -158,7 +160,7 @@ class MathGrader:
         return self._read()
 
     def _read(self) -> dict | None:
-        """Read the reply to the last request; on an interrupt, end the process, as it is unread."""
+        """Read the reply to the last request; an interrupt ends the process, to drop the reply."""
         assert self._process is not None and self._process.stdout is not None
         try:
             line = self._process.stdout.readline()
@@ -179,7 +181,7 @@ class MathGrader:
 
 def _kill(process: "subprocess.Popen[str]") -> None:
     process.kill()
-    with contextlib.suppress(BrokenPipeError):  # of a line that it never read
+    with contextlib.suppress(BrokenPipeError):  # from a line that the process never read
         process.communicate()
 
 

@@ -20,9 +20,9 @@ class MathProblems(WordProblems):
         question: Name of the question's field.
         answer: Name of the answer's field, which has LaTeX, a number, or a solution whose last
             `\boxed{...}` is the answer.
-        limit_s: Maximum CPU time of a comparison in seconds. A response that exceeds it is wrong
-            and counted as `info/grader_timeouts`. A response on which math-verify raises is wrong
-            and counted as `info/grader_errors`.
+        limit_s: Maximum CPU time of a comparison in seconds. A response that exceeds this limit is
+            wrong and counted as `info/grader_timeouts`. A response on which math-verify raises is
+            wrong and counted as `info/grader_errors`.
 
     Raises:
         ValueError: math-verify is not installed, `limit_s` is not above 0 and at most 3600, or an
@@ -42,7 +42,7 @@ class MathProblems(WordProblems):
             raise ValueError(f"task {self.word} needs math-verify: {INSTALL}")
         object.__setattr__(self, "_grader", MathGrader(self.limit_s))
         super().__post_init__()
-        self.grader.start()  # plain numbers need it not, but responses may
+        self.grader.start()  # needed by responses, even if all answers are plain numbers
 
     @property
     def grader(self) -> MathGrader:
@@ -66,7 +66,7 @@ class MathProblems(WordProblems):
         return gold
 
     def score(self, completion: Completion) -> Reward:
-        """Give 1 if the response gives the right answer, else 0."""
+        """Return reward 1 if the response gives the right answer, else 0."""
         try:
             right = self.grader.equal(completion.problem.answer, completion.text)
         except TimeoutError:

@@ -1,9 +1,9 @@
 """Process that compares answers with math-verify; requests and replies are lines of JSON.
 
-It imports nothing of this package. A comparison runs SymPy, which can use unbounded time and memory
-in code that no exception interrupts. Therefore an unhandled timer signal ends the whole process,
-and its parent starts a new one. Such a limit also works if the parent compares in a thread, where
-math-verify's own limit cannot be used.
+The process imports nothing of this package. A comparison runs SymPy, which can use unbounded time
+and memory in code that no exception interrupts. Therefore an unhandled timer signal ends the whole
+process, and its parent starts a new process. Such a limit also works if the parent compares in a
+thread, where math-verify's own limit cannot be used.
 """
 
 import json
@@ -14,23 +14,23 @@ import signal
 import sys
 from typing import Any
 
-_START_S = 120.0  # of importing SymPy
+_START_S = 120.0  # limit for importing SymPy
 _MEMORY = 4 * 2**30
 
 
 def main(limit_s: float) -> None:
-    """Answer requests `[number, gold, text]` from stdin until it ends.
+    """Answer requests `[number, gold, text]` from stdin until stdin ends.
 
     The first reply is `{"request": 0}`, with the key `missing` if math-verify is not installed. A
-    reply to a request has its number as `request`, and either `error` or `equal`: true or false for
-    a comparison, null if `gold` cannot be parsed. With the text null, `equal` is true if `gold` can
-    be parsed.
+    reply has the number of its request as `request`, and either `error` or `equal`: true or false
+    for a comparison, null if `gold` cannot be parsed. If the text is null, `equal` is true if
+    `gold` can be parsed.
 
     Args:
         limit_s: Maximum CPU time of a request in seconds. SIGPROF ends the process if a request
-            exceeds it, or the memory limit.
+            exceeds this limit or the memory limit.
     """
-    # What started this process may ignore or block the signal, as profilers do; both are passed on.
+    # The parent may ignore or block the signal, as profilers do, and a child inherits both.
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGPROF})
     signal.setitimer(signal.ITIMER_PROF, _START_S)
@@ -46,7 +46,7 @@ def main(limit_s: float) -> None:
         return
     logging.disable()  # math-verify warns of the limit that it isn't given
     print(json.dumps({"request": 0}), file=replies, flush=True)
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # a failed start is all that is read there
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # stderr is read only after a failed start
     signal.setitimer(signal.ITIMER_PROF, 0)
     for line in sys.stdin:
         signal.setitimer(signal.ITIMER_PROF, limit_s)

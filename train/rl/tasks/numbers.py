@@ -1,4 +1,4 @@
-"""Reading numbers in texts exactly, as fractions, with ambiguous texts rejected."""
+"""Parsing of numbers in texts as exact fractions; ambiguous texts are rejected."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _NUMBER = re.compile(
     rf"(?:\s?[%°$€£¥]|\s?°?(?P<unit>{_UNIT}(?:(?:/|\s|\sper\s){_UNIT}){{0,4}}))?"
 )
 
-# What changes the value of the number before it, or says that there is more than one.
+# Words that change the value of the number before them, or announce a second number.
 _MULTIPLIERS = frozenset(["hundred", "thousand", "million", "billion", "trillion", "dozen"])
 _NO_UNITS = _MULTIPLIERS | frozenset(
     ["k", "b", "bn", "mn", "e", "x", "i", "pi", "π", "half", "halves", "third", "thirds", "quarter",
@@ -56,9 +56,9 @@ def read_number(text: str) -> Fraction | None:
 def final_number(text: str) -> str | None:
     """Return the final number of a text: the first after its last `####`, or else the last one.
 
-    The result is normalised (`number_text`), so equal numbers give equal texts: `$1,072.50` is
-    `1072.5`, and `4/6` is `2/3`. It is None if there is no number, or if the word at this place is
-    more than a number, as in `3:30` or `10-3`.
+    The result is normalised (`number_text`), so equal numbers give equal texts: `$1,072.50` gives
+    `1072.5`, and `4/6` gives `2/3`. The result is None if the text has no number, or if the word
+    with the final number is not just a number, as in `3:30` or `10-3`.
     """
     _, mark, after = text.rpartition("####")
     for part, index in ((after if mark else "", 0), (text, -1)):
@@ -73,7 +73,7 @@ def final_number(text: str) -> str | None:
 
 
 def answers_after_mark(text: str) -> bool:
-    """Return whether the text has a `####` and a number follows the last one."""
+    """Return whether the text has a `####` and a number follows the last `####`."""
     _, mark, after = text.rpartition("####")
     return bool(mark) and final_number(f"####{after}") is not None
 

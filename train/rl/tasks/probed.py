@@ -11,7 +11,7 @@ from train.data.json_lines import read_json_lines
 
 @dataclasses.dataclass(frozen=True)
 class Probed:
-    """Result of one problem, a line of the file.
+    """Result of a probe for one problem: one line of the file.
 
     Attributes:
         uid: Name of the problem (`Problem.uid`).
@@ -28,7 +28,7 @@ def read_probe(path: str | Path) -> tuple[dict[str, Any], list[Probed]]:
     """Read a file of `thoughtbubbles probe`.
 
     Returns:
-        The options of the probe, and the results of the problems that it has probed so far.
+        The options of the probe, and the results of all problems that have been probed so far.
 
     Raises:
         ValueError: The file does not exist, or was not written by `thoughtbubbles probe`.
@@ -44,7 +44,7 @@ def read_probe(path: str | Path) -> tuple[dict[str, Any], list[Probed]]:
 
 
 def drop_half_line(path: str | Path) -> None:
-    """Remove the unfinished last line of a file, which a killed probe may leave."""
+    """Remove the incomplete last line of a file, which an interrupted probe may leave."""
     file = Path(path)
     whole = file.read_bytes()
     kept = whole[: whole.rfind(b"\n") + 1]

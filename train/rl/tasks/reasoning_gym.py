@@ -19,9 +19,9 @@ _INSTALL = "pip install reasoning-gym"
 class ReasoningGym:
     """A data set of reasoning-gym, with its scores as rewards.
 
-    The fifth of the different questions whose hashes are smallest is the test split, so a question
-    that occurs twice is in one split only. All questions are generated at the start. If that takes
-    long, choose a smaller `size`.
+    A fifth of the distinct questions, those with the smallest hashes, is the test split, so a
+    question that occurs twice is in one split only. All questions are generated at the start; if
+    this takes long, choose a smaller `size`.
 
     Attributes:
         dataset: Name of the data set, e.g. "chain_sum".
@@ -80,9 +80,9 @@ class ReasoningGym:
         return self.__dict__["_rows"][split][index][0]
 
     def score(self, completion: Completion) -> Reward:
-        """Give the data set's score of the response, which is a success from 1 on.
+        """Return the data set's score of the response as reward; 1 or more is a success.
 
-        If the package's scorer raises, the reward is 0 and is counted as `scorer_errors`.
+        If the package's scorer raises, the reward is 0 and `info` has `scorer_errors` = 1.
         """
         entry = self.__dict__["_entries"][completion.problem.answer]
         with _own_randomness():
@@ -98,7 +98,7 @@ class ReasoningGym:
 
 @contextlib.contextmanager
 def _own_randomness() -> Iterator[None]:
-    """Context that restores the process's random generators, which the package may use and seed."""
+    """Context manager that restores global random generators, which the package may seed."""
     states = random.getstate(), np.random.get_state()
     try:
         yield

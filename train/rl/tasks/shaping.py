@@ -1,4 +1,4 @@
-"""Reward shaping by tasks: a bonus for well-formed responses."""
+"""Bonus that tasks add to the reward of well-formed responses."""
 
 import dataclasses
 

@@ -19,7 +19,7 @@ class Copy(Generated):
         shortest: Minimum length of the text.
         alphabet: Characters to sample the text from.
         partial: Whether the reward of a wrong answer is the fraction of characters at the right
-            position, rather than 0. It still does not count as a success.
+            position, rather than 0. A wrong answer is a failure in either case.
     """
 
     word: ClassVar[str] = "copy"

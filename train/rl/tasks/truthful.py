@@ -1,4 +1,4 @@
-"""Rewards for answers that may abstain: right, abstained or wrong (TruthRL, arXiv 2509.25760)."""
+"""Rewards by outcome, of answers that are right, abstain or are wrong (TruthRL, 2509.25760)."""
 
 import dataclasses
 import re
@@ -17,7 +17,7 @@ UNKNOWN = "I don't know"
 """Phrase that abstains, unless the task or the user sets another one."""
 
 INVALID = "invalid question"
-"""Phrase that rejects a question as invalid; such a response counts as wrong."""
+"""Phrase that rejects a question as invalid; a response with this phrase counts as wrong."""
 
 _BOX = "\\boxed{"
 _NEITHER_WORD_NOR_SPACE = re.compile(r"[^\w\s]|_")
@@ -27,7 +27,7 @@ _ARTICLES = re.compile(r"\b(?:a|an|the)\b")
 def boxed(text: str) -> str | None:
     r"""Return the content of a text's last `\boxed{...}` with balanced braces.
 
-    The result is None if there is no `\boxed{`, or if the last one is never closed.
+    The result is None if there is no `\boxed{`, or if the last `\boxed{` is never closed.
     """
     start = text.rfind(_BOX)
     if start < 0:
@@ -49,8 +49,9 @@ def normalized(text: str) -> str:
 def abstains(answer: str, phrase: str) -> bool:
     """Return whether an answer abstains.
 
-    It does if it contains the phrase, both normalised, as "I don't know, maybe Paris" does. A
-    phrase without letters and digits, such as "?", must be the answer's whole first line.
+    An answer abstains if it contains the phrase, with both texts normalised: "I don't know, maybe
+    Paris" abstains. A phrase without letters and digits, such as "?", must be the answer's whole
+    first line.
 
     Args:
         answer: Answer, not yet normalised.
@@ -79,7 +80,7 @@ def truthfulness(
 
 
 def outcome_value(outcome: Outcome, abstain: float = 0.0, out_of_knowledge: bool = False) -> float:
-    """Ternary reward: 1 for a right answer, `abstain` for an abstention, -1 for a wrong answer.
+    """Return the ternary reward: 1 for right, `abstain` for abstained, -1 for wrong answers.
 
     Args:
         outcome: Outcome of the response.
@@ -114,13 +115,15 @@ def with_reasoning(value: float, score: float, how: Reasoning) -> float:
 class TruthfulTask:
     r"""A wrapper that scores a task's responses as right, abstained or wrong.
 
-    The first rule that applies decides the outcome. A response is wrong if `demand_box` is set and
-    it has no box. It abstains if its answer contains `phrase` (`abstains`). It is wrong if its
-    answer contains "invalid question". It is right if the answer's first line equals one of the
-    task's `golds(problem)`, both normalised, or if the task's own scorer counts it as a success.
-    Otherwise it is wrong. A response that is not wrong is a success if the task's own scorer counts
-    it as one, or if it is right and its problem is not out of knowledge. The info of a reward has
-    the metrics of `shares`.
+    The first rule that applies decides the outcome of a response. The response is wrong if
+    `demand_box` is set and it has no box. It abstains if its answer contains `phrase` (`abstains`).
+    It is wrong if its answer contains "invalid question". It is right if the answer's first line
+    equals one of the task's `golds(problem)`, with both texts normalised, or if the task's own
+    scorer counts the answer as a success. Otherwise it is wrong.
+
+    A right or abstaining response is a success if the task's own scorer counts it as a success. A
+    right response is also a success if its problem is not out of knowledge. The info of a reward
+    has the metrics of `shares`.
 
     Attributes:
         task: Task with a scorer. It may also have `golds(problem)`, the texts of right answers;
@@ -171,7 +174,7 @@ class TruthfulTask:
         if self.reasoning != "none":
             value = with_reasoning(value, float(self.task.reasoning(completion)), self.reasoning)
         success = outcome != "wrong" and verdict.success
-        success |= outcome == "right" and not beyond  # a lucky guess solves nothing
+        success |= outcome == "right" and not beyond  # a lucky guess does not solve a problem
         info = {**verdict.info, **shares(outcome)}
         return Reward(value, success, info, verdict.error, of_outcome)
 
@@ -198,9 +201,9 @@ def shares(outcome: Outcome) -> dict[str, float]:
     """Convert the outcome of one response to metrics, which are averaged over responses.
 
     Returns:
-        A dict of `accuracy`, `uncertain` and `hallucination`, of which one is 1 and the others 0,
-        and the truthfulness with w2 = 0, 1/2 and -1/2: `truthfulness`, `truthfulness_plus_half` and
-        `truthfulness_minus_half`.
+        A dict of `accuracy`, `uncertain` and `hallucination`, of which one is 1 and two are 0; and
+        of the truthfulness score for w2 = 0, 1/2 and -1/2 (`truthfulness`,
+        `truthfulness_plus_half` and `truthfulness_minus_half`).
     """
     right, abstained, wrong = (float(outcome == name) for name in ("right", "abstained", "wrong"))
     return {

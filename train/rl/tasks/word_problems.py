@@ -1,4 +1,4 @@
-"""Base of tasks of questions and answers from disk, with a training and a test split."""
+"""Base of tasks whose questions and answers are read from disk, with a train and a test split."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -9,7 +9,7 @@ from train.data.json_lines import JsonLine, read_json_lines
 from train.rl.problems import digest, options
 from train.rl.types import Problem, Split
 
-_HELD = 10  # of a single file, one question of so many is held out
+_HELD = 10  # inverse of the fraction of a single file's questions that is held out
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -17,8 +17,9 @@ class WordProblems:
     """Base of tasks whose problems are lines of JSON with a question and an answer.
 
     Attributes:
-        path: Folder with train.jsonl and test.jsonl, or one file. The tenth of a file's questions
-            whose hashes are smallest is the test split.
+        path: Folder with train.jsonl and test.jsonl, or a single file. A single file is split by
+            question: a tenth of the distinct questions, those with the smallest hashes, is the test
+            split.
         template: Template of the prompt, in which `{question}` is replaced by the question.
         seed: Unused, because the files determine the problems.
 
@@ -44,7 +45,7 @@ class WordProblems:
         return "question", "answer"
 
     def gold(self, answer: str, where: str) -> str:
-        """Extract the answer with which responses are compared.
+        """Extract the right answer, with which responses are compared.
 
         Args:
             answer: Text of the answer's field.
