@@ -31,10 +31,11 @@ def once(model) -> np.ndarray:
     return np.asarray(jax.jit(lambda: model(jnp.array(PROMPTS)))())
 
 
-def temporaries(model: Thoughtbubbles) -> tuple[int, int]:
+def temporaries(model: Thoughtbubbles, prompts: list[list[int]] = PROMPTS) -> tuple[int, int]:
     """Bytes of temporaries of the programs of `generate`: of the prefill and of the loop."""
-    request = _Request.of(model, PROMPTS, 4, Sampling.of(0.0, None, None, None), 0, (), None)
-    tokens, lengths = jnp.ones((1, 16), jnp.int32), jnp.array([3])
+    request = _Request.of(model, prompts, 4, Sampling.of(0.0, None, None, None), 0, (), None)
+    rows = len(prompts)
+    tokens, lengths = jnp.ones((rows, 16), jnp.int32), jnp.full(rows, 3)
     begin = _begin.lower(model, tokens, lengths, request, 64)
     chosen, cache = jax.eval_shape(lambda: _begin(model, tokens, lengths, request, 64))
     loop = _continue.lower(model, cache, chosen, lengths, request, jnp.bool_(False), 64)

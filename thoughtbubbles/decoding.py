@@ -24,6 +24,7 @@ from thoughtbubbles.policy import Policy
 from thoughtbubbles.prefill import Progress, in_blocks, long_cache, prefill
 from thoughtbubbles.sampling import Sampling, sample
 from thoughtbubbles.short_repr import ShortRepr
+from thoughtbubbles.transposed import transpose_kernels
 
 SHORTEST_PROMPT = 16
 SMALLEST_CACHE = 64
@@ -126,7 +127,7 @@ def generate(
         return []
     request = _Request.of(model, prompts, max_new_tokens, sampling, seed, stop, valid_vocab_size)
     if cached:
-        form = decoding_form(given, policy)
+        form = decoding_form(given, policy, len(prompts))
         return _decode(form, prompts, request, read_all=False, progress=progress)[0]
     new, count = _recompute(model, *_padded(prompts, max_new_tokens), request)
     return _texts(prompts, new, count)
@@ -165,7 +166,7 @@ def generate_with_bubbles(
     if not _check(model, prompts, max_new_tokens, valid_vocab_size):
         return []
     request = _Request.of(model, prompts, max_new_tokens, sampling, seed, stop, valid_vocab_size)
-    form = decoding_form(given, policy)
+    form = decoding_form(given, policy, len(prompts))
     texts, cache = _decode(form, prompts, request, read_all=True)
     streams, score = np.asarray(cache.trace.streams), np.asarray(cache.trace.score)
     found = []
@@ -293,7 +294,7 @@ def _decode(model, prompts, request, read_all, progress=None) -> tuple[list[list
     return _texts(prompts, new, count), cache
 
 
-def decoding_form(model: Architecture, policy: Policy | None) -> Architecture:
+def decoding_form(model: Architecture, policy: Policy | None, rows: int = 1) -> Architecture:
     """Return `model.for_decoding()` with a fork policy, cached for the latest model.
 
     A call with a model of the same JAX arrays reuses the cached result. For a model with NumPy
@@ -302,6 +303,8 @@ def decoding_form(model: Architecture, policy: Policy | None) -> Architecture:
     Args:
         model: Model to decode with.
         policy: Fork policy in place of the model's own; None for the model's own.
+        rows: Number of rows that are decoded at a time. For more than one, large kernels may be
+            stored transposed (`transpose_kernels`).
     """
     form = model
     leaves, structure = jax.tree.flatten(model)
@@ -317,6 +320,8 @@ def decoding_form(model: Architecture, policy: Policy | None) -> Architecture:
         if form is not model and not _KEPT:
             were = tuple(weakref.ref(leaf, _forget) for leaf in leaves)
             _KEPT.append(_DecodingForm(structure, were, form))
+        if form is not model and rows > 1:
+            transpose_kernels(form)  # in the cached form too
     return form if policy is None else form.with_policy(policy)
 
 

@@ -36,6 +36,7 @@ from thoughtbubbles.sampling import log_prob_of
 from thoughtbubbles.short_repr import ShortRepr
 from thoughtbubbles.sites import Visit, plan_of
 from thoughtbubbles.streams import Streams
+from thoughtbubbles.transposed import TransposedKernel
 from thoughtbubbles.weights import weight, without_layers
 
 REMAT_POLICIES = {
@@ -221,8 +222,8 @@ class ForkingDecoder(Architecture):
     def unembed(self, hidden: jax.Array) -> jax.Array:
         """Apply the LM head to normalised hidden states `[..., D]`: logits `[..., V]` float32."""
         table, vocab_axis = self._table()
-        if isinstance(table, Int8Weight):
-            return table(hidden)
+        if isinstance(table, Int8Weight | TransposedKernel):
+            return table(hidden).astype(jnp.float32)
         return head_logits(hidden, table[...].astype(self.config.dtype), vocab_axis=vocab_axis)
 
     def log_prob(self, output: Output | Streams, targets: AnyArray) -> jax.Array:
@@ -249,6 +250,8 @@ class ForkingDecoder(Architecture):
 
     def _decoded_log_prob(self, x: jax.Array, targets: jax.Array) -> jax.Array:
         table, vocab_axis = self._table()
+        if isinstance(table, TransposedKernel):
+            table, vocab_axis = table.matrix, 0
         if isinstance(table, Int8Weight) or not self._inherits("decode", "unembed"):
             return log_prob_of(self.decode(x), targets)
         table = table[...].astype(self.config.dtype)

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from thoughtbubbles.placement import embedding_rows, product, rows_at
+from thoughtbubbles.transposed import TransposedKernel
 from thoughtbubbles.weights import named
 
 LARGEST = 127
@@ -91,15 +92,17 @@ def linear(x: jax.Array, kernel: Any, dtype: Any, inputs: int = 1) -> jax.Array:
 
     Args:
         x: Input of the layer, `[..., *inputs]`.
-        kernel: Kernel `[*inputs, *outputs]`, an `nnx.Param` or an `Int8Weight`.
-        dtype: Dtype of the result and, if the kernel is an `nnx.Param`, of the computation.
-        inputs: Number of contracted axes of an `nnx.Param`; ignored for an `Int8Weight`.
+        kernel: Kernel `[*inputs, *outputs]`, an `nnx.Param`, `TransposedKernel` or `Int8Weight`.
+        dtype: Dtype of the result and, if the kernel is not an `Int8Weight`, of the computation.
+        inputs: Number of contracted axes of an `nnx.Param`; ignored for other kernels.
 
     Returns:
         Output of the layer, `[..., *outputs]`.
     """
     if isinstance(kernel, Int8Weight):
         return kernel(x).astype(dtype)
+    if isinstance(kernel, TransposedKernel):
+        return kernel(x.astype(dtype))
     return product(x, kernel[...].astype(dtype), inputs)
 
 

@@ -1,0 +1,99 @@
+"""Kernels stored transposed for a batch on a CPU: the same model, no copies, only where it pays."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import rl_tiny
+from flax import nnx
+from test_for_decoding import CONFIG, PROMPTS, temporaries
+
+from thoughtbubbles import ModelConfig, Thoughtbubbles, decoding, transposed
+from thoughtbubbles.decoding import generate
+from thoughtbubbles.quantisation import quantise
+from thoughtbubbles.transposed import TransposedKernel, transpose_kernels
+
+BATCH = [[1, 2, 3], [4, 5], [6]]
+UNTIED = dataclasses.replace(
+    CONFIG, tied_head=False, mlp="swiglu", num_kv_heads=1, biases="all", fork_layers=(1,)
+)
+
+
+def made(config: ModelConfig) -> Thoughtbubbles:
+    abstract = nnx.eval_shape(lambda: Thoughtbubbles(config, rngs=nnx.Rngs(0)))
+    return rl_tiny.filled(abstract, scale=0.1)
+
+
+@pytest.fixture
+def small_counts(monkeypatch: pytest.MonkeyPatch):
+    """Models of a test are large enough."""
+    monkeypatch.setattr(transposed, "LEAST_BYTES", 0)
+    monkeypatch.setattr(transposed, "LEAST_ELEMENTS", 0)
+
+
+@jax.jit
+def scored(model: Thoughtbubbles, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
+    output = model.run(tokens)
+    return model.logits(output), model.log_prob(output, tokens)
+
+
+@pytest.mark.usefixtures("small_counts")
+@pytest.mark.parametrize("config", [CONFIG, UNTIED], ids=["tied", "untied"])
+@pytest.mark.parametrize("rows", [1, 2, 100])  # a vector, with the kernel first, with it second
+def test_it_is_the_same_model(config, rows):
+    model = made(config)
+    form = model.for_decoding()
+    assert transpose_kernels(form) and not transpose_kernels(form)
+    kernels = [k for _, k in nnx.iter_graph(form) if isinstance(k, TransposedKernel)]
+    assert len(kernels) == config.num_layers * (7 if config.mlp == "swiglu" else 6) + 1
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, 32, (rows, 1 if rows < 3 else 3)))
+    for found, expected in zip(scored(form, tokens), scored(model, tokens), strict=True):
+        assert found.dtype == jnp.float32
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.usefixtures("small_counts")
+def test_a_batch_is_generated_with_it_and_a_single_prompt_uses_what_is_there():
+    model = made(CONFIG)
+    alone = [generate(model, [prompt], 6)[0] for prompt in BATCH]
+    [kept] = decoding._KEPT
+    assert isinstance(kept.form.unstacked[0].mlp.up, nnx.Param)
+    assert generate(model, BATCH, 6) == alone
+    assert decoding._KEPT[0] is kept and isinstance(kept.form.head, TransposedKernel)
+    assert kept.form.head.matrix.get_value() is kept.form.embed.get_value()
+    assert generate(model, [BATCH[0]], 6) == alone[:1]
+    assert isinstance(model.for_decoding().unstacked[0].mlp.up, nnx.Param)
+    held = model.for_decoding()  # by the caller, who holds one copy of the weights
+    generate(held, BATCH, 6)
+    assert isinstance(held.unstacked[0].mlp.up, nnx.Param)
+
+
+@pytest.mark.usefixtures("small_counts")
+def test_no_program_copies_a_kernel():
+    model = made(CONFIG)
+    stack = sum(leaf.nbytes for leaf in jax.tree.leaves(model.blocks))
+    form = model.for_decoding()
+    transpose_kernels(form)
+    _, loop = temporaries(form, PROMPTS * 3)
+    assert loop < stack / 12, "a kernel is copied: one of the MLP is a seventh"
+
+
+def test_only_large_models_in_float32_on_one_cpu_are_changed(monkeypatch):
+    model = made(CONFIG)
+    assert not transpose_kernels(model.for_decoding())  # small
+    monkeypatch.setattr(transposed, "LEAST_BYTES", 0)
+    form = model.for_decoding()
+    assert transpose_kernels(form)
+    assert isinstance(form.unstacked[0].mlp.up, nnx.Param)  # 16,384 elements
+    monkeypatch.setattr(transposed, "LEAST_ELEMENTS", 0)
+    assert not transpose_kernels(model)  # stacked
+    assert not transpose_kernels(quantise(model.for_decoding()))
+    assert not transpose_kernels(made(dataclasses.replace(CONFIG, dtype="bfloat16")).for_decoding())
+    mesh = jax.make_mesh((2,), ("data",), (jax.sharding.AxisType.Auto,))
+    everywhere = jax.NamedSharding(mesh, jax.P())
+    assert not transpose_kernels(jax.device_put(model.for_decoding(), everywhere))
+    halves = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), model)
+    assert not transpose_kernels(halves.for_decoding())
+    assert jax.jit(lambda model: transpose_kernels(model.for_decoding()) or 0)(model) == 0
