@@ -272,7 +272,7 @@ class ForkingHatchling(Hatchling):
         fresh: bool = False,
         starts: jax.Array | None = None,
     ) -> tuple[jax.Array, State]:
-        """As `Hatchling.extend`, except that a row with more than `max_tokens` tokens becomes NaN."""
+        """As `Hatchling.extend`; a row that exceeds `max_tokens` is NaN in this and later calls."""
         state = cast(ForkingState, cache)
         if starts is not None:
             raise ValueError("a document can't begin inside of a row that forks: leave starts out")

@@ -1,4 +1,4 @@
-"""LoRA adapters on a Hatchling's linear layers Dx (vectors to neurons) and E (neurons to vectors)."""
+"""LoRA adapters on a Hatchling's linear layers Dx (vectors to neurons), E (neurons to vectors)."""
 
 from collections.abc import Mapping
 from typing import Any

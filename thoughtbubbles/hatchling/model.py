@@ -1,7 +1,7 @@
-"""Dragon Hatchling: one layer of neurons, applied repeatedly, with a state for the past.
+"""Dragon Hatchling: one layer of neurons, applied repeatedly, with a state of earlier tokens.
 
 Parallel, chunked and recurrent computation are one function, `Hatchling._chunk`: the tokens of a
-chunk attend to each other by a matrix of scores, and to everything before the chunk by the state.
+chunk attend to each other by a matrix of scores, and to all earlier tokens by the state.
 """
 
 import dataclasses
@@ -47,15 +47,15 @@ from thoughtbubbles.weights import named, weight
 
 
 class Hatchling(SitedHatchling):
-    """A Dragon Hatchling (BDH, arXiv 2509.26507), in the released form or the paper's.
+    """A Dragon Hatchling (BDH, arXiv 2509.26507), in the released form or the paper's form.
 
     Args:
         config: Sizes and options of the model.
-        rngs: Random keys of the initial values.
+        rngs: PRNG keys to initialise the parameters.
         constrain: Function applied to every residual array `[B, T, d]` between layers.
         attend: Not used, because attention is linear.
-        kernel_init: Initializer of Dx, Dy, E and the head, called with shapes `[inputs, outputs]`;
-            by default normal with standard deviation 0.02.
+        kernel_init: Initializer of Dx, Dy, E and the LM head, called with shape
+            `(inputs, outputs)`; by default normal with standard deviation 0.02.
         param_dtype: Dtype of the parameters; the config's `dtype` is used in the computation.
 
     Raises:
@@ -93,7 +93,7 @@ class Hatchling(SitedHatchling):
         self.adapters = nnx.data(None)
 
     def embed_tokens(self, tokens: AnyArray) -> jax.Array:
-        """Embed token ids `[...]` as vectors `[..., d]`; NaN for an id outside the vocabulary."""
+        """Embed token ids `[...]` as vectors `[..., d]`, NaN for an id outside the vocabulary."""
         check_integers(tokens)
         return embedding_rows(self.embed[...], tokens).astype(self.config.dtype)
 
@@ -110,16 +110,15 @@ class Hatchling(SitedHatchling):
         visible: jax.Array | None = None,
         starts: jax.Array | None = None,
     ) -> jax.Array:
-        """Compute hidden states `[B, T, d]` from vectors.
+        """Compute hidden states `[B, T, d]` from input vectors.
 
         Args:
-            x: Vectors `[B, T, d]`, padded on the right.
+            x: Input vectors `[B, T, d]`, padded on the right.
             length: Number of real vectors in each row, `[B]` int32; all `T` by default.
-            positions: Position of each vector, `[B, T]` int32; requires `visible`. Then `length` is
-                ignored, and rows are read whole, without regard to `chunk`.
-            visible: Whether a vector (axis 1) sees another (axis 2), `[B, T, T]` bool. No vector
-                sees itself.
-            starts: Whether a document begins at each vector, `[B, T]` bool; None for no beginnings.
+            positions: Position of each vector, `[B, T]` int32, with `visible`; `length` is ignored.
+            visible: Attention mask `[B, T, T]` bool: whether a vector (axis 1) attends to another
+                (axis 2). No vector attends to itself.
+            starts: Whether a document begins at each vector, `[B, T]` bool; None if none begins.
 
         Raises:
             ValueError: Only one of `positions` and `visible` is given, or `starts` with them.
@@ -145,14 +144,14 @@ class Hatchling(SitedHatchling):
         track: bool = False,
         key: jax.Array | None = None,
     ) -> Activations:
-        """Compute the hidden states of tokens; a `key` switches dropout on."""
+        """Compute the hidden states of tokens; a PRNG `key` enables dropout."""
         check_ids(tokens)
         return self._forward(self.embed_tokens(tokens), length, key, self._starts(tokens))
 
     def loss(
         self, rows: AnyArray, *, track: bool = False, key: jax.Array | None = None
     ) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
-        """As in `Architecture.loss`; with `truncate`, no gradient flows between segments."""
+        """As `Architecture.loss`; with `truncate`, no gradient flows between segments."""
         size = self.config.truncate
         if size is None or rows.shape[1] - 1 <= size:
             return super().loss(rows, track=track, key=key)
@@ -190,14 +189,14 @@ class Hatchling(SitedHatchling):
         return super().logits_at(_hidden_of(output), position)
 
     def init_cache(self, batch: int, max_tokens: int) -> State:
-        """Make the state of `batch` empty rows; `max_tokens` is unused, as rows have no limit."""
+        """Return the state of `batch` empty rows; rows have no limit, so `max_tokens` is unused."""
         check_sizes(batch=batch)
         config = self.config
         shape = (config.num_layers, batch, config.num_heads, config.head_neurons, config.embed_dim)
         return State(jnp.zeros((batch,), jnp.int32), jnp.zeros(shape))
 
     def cache_batch_axes(self, cache: State) -> State:
-        """Index of the batch axis of each array of the cache, as a `State` of equal structure."""
+        """Return a `State` with the index of the batch axis in place of each array of the cache."""
         return State(0, 1)  # pyright: ignore[reportArgumentType]
 
     def advance(
@@ -218,19 +217,19 @@ class Hatchling(SitedHatchling):
         """Append vectors to rows; return their hidden states `[B, C, d]` and the new state.
 
         Args:
-            cache: State of `init_cache` or `extend`; it stays usable.
-            x: Vectors `[B, C, d]`, padded on the right.
+            cache: State that `init_cache` or `extend` returned; it is not donated.
+            x: `C` vectors for each row, `[B, C, d]`, padded on the right.
             length: Number of real vectors in each row, `[B]` int32; 0 leaves a row unchanged, and a
                 number below 0 or above C makes the row NaN.
             fresh: Static promise that the cache is empty.
-            starts: Whether a document begins at each vector, `[B, C]` bool; it empties the state.
+            starts: Whether a document, which empties the state, begins at each vector, `[B, C]`.
         """
         check_vectors(x, self.config.embed_dim, "a Hatchling")
         State.check(cache, x, length)
         if not x.shape[1]:
             return x.astype(self.config.dtype), cache
         length, cache = broadcast_beside(length, x, 1), cache.beside(x)
-        # A length that the vectors do not have: NaN reaches the state, so the row stays wrong.
+        # An impossible length puts NaN into the state, so the row stays NaN in later calls.
         wrong = (length > x.shape[1]) | (length < 0)
         length = jnp.where(wrong, x.shape[1], length)
         x = jnp.where(wrong[:, None, None], jnp.nan, x.astype(self.config.dtype))
@@ -239,7 +238,7 @@ class Hatchling(SitedHatchling):
 
     @property
     def lora_targets(self) -> Mapping[str, tuple[tuple[int, ...], int, int]]:
-        """Sizes of the layers `dx` (vectors to neurons) and `e` (neurons to vectors), by name."""
+        """Sizes of the linear layers `dx` (vectors to neurons) and `e` (neurons to vectors)."""
         return lora.lora_targets(self.config)
 
     @property
@@ -247,20 +246,20 @@ class Hatchling(SitedHatchling):
         return lora.AXES
 
     def apply_lora(self, adapter: Mapping[str, Any]) -> "Hatchling":
-        """Return a copy with an adapter on Dx and E, which shares the model's arrays."""
+        """Return a copy with LoRA adapters on Dx and E; the copy shares the model's arrays."""
         return lora.with_adapter(self, adapter)
 
     def merge_lora(self, deltas: Mapping[str, jax.Array]) -> "Hatchling":
-        """Return a copy with `deltas [inputs, outputs]` added to Dx and E, by name."""
+        """Return a copy with `deltas` added to the kernels of Dx and E (`lora.merged`)."""
         return lora.merged(self, deltas)
 
     def statistics(self, output: Activations) -> dict[str, jax.Array]:
-        """Count real `tokens`, and active neurons `x [L]` and `y [L]` by layer, over a batch."""
+        """Count real `tokens` of a batch, and active neurons `x [L]`, `y [L]` in its `L` layers."""
         return {"tokens": output.tokens, "x": output.x_active, "y": output.y_active}
 
     @classmethod
     def step_metrics(cls, config: HatchlingConfig, sums: Mapping[str, Any]) -> dict[str, Any]:
-        """Fraction of active neurons by layer, before the gate (`x`) and after it (`y`)."""
+        """Fraction of active neurons in each layer, before the gate (`x`) and after it (`y`)."""
         if "x" not in sums:
             return {}
         neurons = max(float(sums["tokens"]), 1.0) * config.num_neurons
@@ -297,7 +296,7 @@ class Hatchling(SitedHatchling):
         fresh: bool = False,
         starts: jax.Array | None = None,
     ) -> tuple[Activations, State]:
-        """Read rows of any length chunk by chunk."""
+        """Process rows of any length chunk by chunk; the state passes from chunk to chunk."""
         size = x.shape[1] if self.config.chunk is None else min(self.config.chunk, x.shape[1])
         count = -(-x.shape[1] // size)
         if count == 1:
@@ -333,14 +332,14 @@ class Hatchling(SitedHatchling):
         fresh: bool = False,
         starts: jax.Array | None = None,
     ) -> tuple[Activations, State | None]:
-        """Read one chunk of each row, which continues what a state holds.
+        """Process one chunk of each row, which follows the tokens of the state.
 
         Args:
             x: Vectors `[B, C, d]`, padded on the right.
             length: Number of real vectors in each row, `[B]` int32.
             state: State before the chunk; None if the chunk is the whole row.
-            key: Key of dropout; None for no dropout.
-            fresh: Static promise that the state is empty, so that it need not be read.
+            key: PRNG key of dropout; None for no dropout.
+            fresh: Static promise that the state is empty, so that nothing attends to it.
             starts: Whether a document begins at each vector, `[B, C]` bool.
         """
         first = jnp.zeros_like(length) if state is None else state.length
@@ -355,7 +354,7 @@ class Hatchling(SitedHatchling):
         return output, None if after is None else State(reach.end, after)
 
     def _first(self, x: jax.Array) -> jax.Array:
-        """Prepare embedded vectors for the first layer: normalise them in the released form."""
+        """Prepare embedded vectors for the first layer: LayerNorm in the released form."""
         return normalized(x) if self.config.form == "released" else x
 
     def _layers(
@@ -374,14 +373,14 @@ class Hatchling(SitedHatchling):
 
         Args:
             value: Vectors `[B, C, d]`.
-            reach: Reach of each vector.
+            reach: Positions, mask and decay of the vectors.
             synapses: Synapses before the chunk, `[L, B, H, N, d]` float32, or None.
-            key: Key of dropout; None for no dropout.
+            key: PRNG key of dropout; None for no dropout.
             fresh: Static promise that the synapses are 0.
-            watch: Whether the result holds the neurons of each layer.
-            layers: Index of the first layer, and of the last one plus 1; by default all layers.
-            write_scale: Factor on what a layer adds to each vector, `[B, C]`; 1 by default.
-            carried: Neurons after the layer before the first, in the paper's form; 0 by default.
+            watch: Whether the result includes the neurons of each layer.
+            layers: Index of the first layer, and index after the last layer; None for all layers.
+            write_scale: Factor on each vector's residual update, `[B, C]`; None for 1.
+            carried: In the paper's form, neurons after the previous layer; None for 0.
         """
         config = self.config
         rematerialized = config.remat == "full"
@@ -398,7 +397,7 @@ class Hatchling(SitedHatchling):
             x = jax.nn.relu(self._neurons(value))
             if not released:
                 x = carried + x
-            # Tables of n entries a token: in a layer that is recomputed, none of them is kept.
+            # The tables have n entries per token, so a rematerialized layer does not store them.
             here = turns_of(reach, self.frequency[...]) if turns is None else turns
             rotated = jnp.where(real, rotate(x, here), 0)
             read, synapses = attend(rotated, value, reach, synapses, fresh)

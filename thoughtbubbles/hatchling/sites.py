@@ -103,7 +103,7 @@ class SitedHatchling(Architecture):
         return [(0, self.config.num_layers)]
 
     def _reach(self, streams: Streams, starts: jax.Array | None) -> tuple[Reach, jax.Array | None]:
-        """Reach of streams of whole rows, and factor on each stream's residual updates (None: 1)."""
+        """Reach of streams of whole rows, and factor on each residual update; None means 1."""
         first = broadcast_beside(0, streams.x, 1)
         return Reach.of(self.config, first, streams.length, streams.x.shape[1], starts), None
 

@@ -1,9 +1,9 @@
-"""Text to batches: corpora, tokenizers, packing, and a reader whose position is the step number.
+"""Data pipeline: corpora, tokenizers, sequence packing, and readers of batches by step number.
 
-`prepare(config)` tokenises and packs a corpus once; `TrainReader` and `evaluation_batches` read it.
-A mixture of sources is a corpus too (`train.data.mixture`), which `MixtureReader` reads.
-`prepare_chat(config, tokenizer)` tokenises and packs conversations, which `ChatReader` reads.
-A user's mistake is a `DataError`.
+`prepare(config)` tokenises and packs a corpus once, or each source of a mixture of corpora
+(`train.data.mixture`). `TrainReader`, `MixtureReader` and `evaluation_batches` read packed rows.
+`prepare_chat(config, tokenizer)` turns conversations into rows, which `ChatReader` reads.
+A user's mistake raises a `DataError`.
 """
 
 from train.data.chat_data import (

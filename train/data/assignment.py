@@ -1,8 +1,9 @@
-"""Assign each sequence of a mixture to a source in closed form, fairly in every prefix.
+"""Assign each sequence of a mixture to a source, so that every prefix has the right proportions.
 
-Sources are the leaves of a binary tree. A node passes each of its sequences on to its left or right
-child. Let W_node(n) and W_L(n) be the integrals of the weights of the node and of its left child
-over the first n sequences. Of the node's first m sequences the left child gets
+The sources are the leaves of a binary tree, and the weight of a node is the sum of the weights of
+its leaves. A node passes each of its sequences on to its left or its right child. Let W_node(n) and
+W_L(n) be the integrals of the weights of the node and of its left child over the first n sequences
+of the mixture. Among the first m sequences of the node, the left child gets
 
     left(m) = ⌊W_L(τ) + 1/2⌋ where W_node(τ) = m.
 
@@ -12,16 +13,17 @@ and its index within the source, follow from n alone in one descent of the tree.
 Why counts stay near their integrals in every prefix: suppose that a node's count m after n
 sequences is within e of W_node(n). Between n and τ, W_L moves by at most p·|W_node(n) - m| <= p·e,
 where p is the largest ratio of the child's weight to the node's in the schedule; rounding adds 1/2.
-The same holds for the right child, which gets the rest. So the count of a leaf whose path from the
-root has ratios p_1 ... p_d is within
+The same holds for the right child, which gets the node's other sequences. So the count of a leaf
+whose path from the root has ratios p_1 ... p_d is within
 
     1/2·(1 + p_d + p_d·p_{d-1} + ... + p_d···p_2)
 
 of the integral of its weight. With constant weights the tree is Huffman's: there a node weighs no
-more than its parent's sibling, hence no more than half of its grandparent, any two ratios in a row
-have a product of at most 1/2, and the sum is below 1/2·2·(1 + 1/2 + 1/4 + ...) = 2 for any number
-of sources. Under a schedule no ratio exceeds 1, so that a balanced tree stays within 2 for up to 16
-sources. Of several candidate trees the one with the lowest bound is used (`Assignment.bound`).
+more than its parent's sibling, hence no more than half of its grandparent, any two consecutive
+ratios have a product of at most 1/2, and the sum is below 1/2·2·(1 + 1/2 + 1/4 + ...) = 2 for any
+number of sources. Under a schedule no ratio exceeds 1, so that a balanced tree stays within 2 for
+up to 16 sources. Of several candidate trees, the tree with the lowest bound is used
+(`Assignment.bound`).
 """
 
 from __future__ import annotations
@@ -43,15 +45,15 @@ Shape = int | tuple["Shape", "Shape"]
 
 
 class Assignment:
-    """Assignment of each sequence of an endless order to a source and an index within the source.
+    """Map from the number of a training sequence to its source and its index within the source.
 
     Args:
-        pieces: Pieces of the schedule of the weights of S sources.
+        pieces: Pieces of the weight schedule of S sources.
         seq_len: Number of tokens of a sequence.
 
     Attributes:
-        bound: Upper bound, in any prefix and for any source, of the distance between the source's
-            count and the integral of its weight.
+        bound: Upper bound, over all prefixes and all sources, on the difference between a source's
+            number of sequences and the integral of its weight.
     """
 
     def __init__(self, pieces: Sequence[Piece], seq_len: int):
@@ -121,8 +123,8 @@ class Node:
     """A node of the tree and its two subtrees.
 
     Attributes:
-        left: Left subtree, or the source that is its leaf.
-        right: Right subtree, or the source that is its leaf.
+        left: Left subtree, or the index of a source if the left child is a leaf.
+        right: Right subtree, or the index of a source if the right child is a leaf.
         own: Integral W_node of the node's weight.
         of_left: Integral W_L of the left child's weight.
     """
@@ -138,7 +140,7 @@ class Node:
         if own is not None and part is not None:
             return (2 * m * part + own) // (2 * own) if own else 0
         n = self.own.last_below(m * scale)
-        if n is None:  # the node has got all that it ever will, and rounding gives it one more
+        if n is None:  # m is all of the integral, rounded up
             n = self.own.last_growth() - 1
         before, after = self.own.scaled(n), self.own.scaled(n + 1)
         left, grown = self.of_left.scaled(n), after - before
@@ -166,7 +168,10 @@ def _node(shape: Shape, leaves: Sequence[Integral]) -> Node | int:
 
 
 def _trees(pieces: Sequence[Piece]) -> list[Shape]:
-    """Huffman's trees of the weights at each knot, their mean and maxima, and a balanced tree."""
+    """List candidates: a balanced tree, and Huffman trees of several weights.
+
+    The weights are those at each knot of the schedule, their mean, and their maxima.
+    """
     weights = list(dict.fromkeys(w for piece in pieces for w in (piece.first, piece.last)))
     mean = tuple(sum(values, Fraction()) for values in zip(*weights, strict=True))
     most = tuple(map(max, zip(*weights, strict=True)))
@@ -192,7 +197,7 @@ def _balanced(order: Sequence[int]) -> Shape:
 
 
 def _bounds(shape: Shape, pieces: Sequence[Piece]) -> dict[int, Fraction]:
-    """Bound of each source's distance from its integral, as the module's docstring derives it.
+    """Bound the difference between each source's count and integral (see the module's docstring).
 
     The ratio of two linear weights is monotone, so it is largest at an end of a piece; where both
     are 0 at one end it is constant over the piece.

@@ -14,7 +14,7 @@ SMALLEST = 256 + 1  # every byte, and the separator
 
 
 def train_tokenizer(corpus: Corpus, vocab_size: int) -> "tokenizers.Tokenizer":
-    """Train a byte-level BPE; equal corpora give equal tokenizers.
+    """Train a byte-level BPE tokenizer; equal corpora give equal tokenizers.
 
     Args:
         corpus: Corpus on whose training split the tokenizer is trained.

@@ -1,4 +1,4 @@
-"""Turn conversations into rows whose loss covers the assistant's tokens, and rows into batches."""
+"""Turn conversations into rows with a loss mask on the assistant's tokens, and read batches."""
 
 from __future__ import annotations
 
@@ -22,40 +22,44 @@ from train.data.reader import Batch, TrainReader, padded_batches
 from train.data.tokenizers import Tokenizer
 
 SHORTEST_ROW = 64
-"""Number of targets below which the rows of a batch are not shortened."""
+"""Smallest number of targets to which the rows of a batch are shortened."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ChatDataConfig:
-    """Conversations, row length and packing of a run on chat data."""
+    """Chat data of a fine-tuning run: files of conversations, row length, sequence packing."""
 
     path: tuple[str, ...] = ()
-    """Files of conversations (JSON Lines, also packed, Parquet, Arrow), and folders of them."""
+    """Files of conversations, or folders of such files: JSON Lines (plain or compressed), Parquet
+    or Arrow."""
 
     validation_path: str | None = None
-    """File or folder of held-out conversations, instead of a fraction of those in path."""
+    """File or folder of held-out conversations; None holds out a fraction of the conversations in
+    path."""
 
     validation: float = 0.05
-    """Fraction of the conversations that is held out if there is no validation_path."""
+    """Fraction of the conversations to hold out if validation_path is None."""
 
     seq_len: int = 1024
-    """Maximum number of target tokens in a row; a row holds seq_len + 1 tokens. The rows of a batch
-    are shortened to the smallest power of two, at least 64, that fits the longest of them."""
+    """Maximum number of target tokens per row; each row holds seq_len + 1 tokens. The rows of a
+    batch are shortened to the smallest power of two, at least 64, that fits the longest row."""
 
     pack: bool = False
-    """Whether a row holds several conversations, each masked from the others. Only a plain decoder
-    takes packed rows; a model that forks needs one conversation per row."""
+    """Whether to pack several conversations into one row, with no attention between conversations.
+    Only a plain decoder takes packed rows; a model that forks needs one conversation per row."""
 
     end_token: str | None = None
-    """Token that ends an answer if the files of the weights name another one, such as "<|im_end|>"
-    for the base models of Qwen2.5; the tuned model stops there too."""
+    """Additional end token, for a chat template that ends answers with a token that the model's
+    files do not list as an end token, such as "<|im_end|>" for the base models of Qwen2.5. The
+    tuned model also stops at this token. None adds no token."""
 
     close_thoughts: bool = False
-    """Whether to put an empty thought before answers without one, for templates whose generation
-    prompt opens <think>."""
+    """Whether to put an empty thinking block before each answer that has none, for chat templates
+    whose generation prompt opens <think>."""
 
     seed: int = 0
-    """Seed of the order of the training rows; neither the split nor the rows depend on it."""
+    """Seed of the shuffle of the training rows. Neither the train/held-out split nor the content of
+    the rows depends on the seed."""
 
     def __post_init__(self) -> None:
         check_rows(self.seq_len, self.validation, self.seed)
@@ -67,11 +71,11 @@ class ChatRows:
 
     Attributes:
         tokens: Token ids `[N, seq_len + 1]`, int32; -1 for padding.
-        loss_mask: Whether the token is in the loss: content or end of an answer that is learned
-            `[N, seq_len + 1]`, bool.
-        segment: Index of the token's conversation in the row `[N, seq_len + 1]`, int32; -1 for
-            padding.
-        position: Position of the token in its conversation `[N, seq_len + 1]`, int32; 0 for
+        loss_mask: Whether each token is in the loss, which covers the content and the end token of
+            learned answers `[N, seq_len + 1]`, bool.
+        segment: Index of each token's conversation within the row `[N, seq_len + 1]`, int32; -1
+            for padding.
+        position: Position of each token in its conversation `[N, seq_len + 1]`, int32; 0 for
             padding.
     """
 
@@ -94,10 +98,10 @@ class ChatRows:
         return (self.segment >= 0).sum(axis=1)
 
     def width(self, indices: np.ndarray | slice) -> int:
-        """Number of targets to which some rows are shortened when they are read together.
+        """Compute the number of targets to which rows are shortened when they are read together.
 
-        It is a power of two of at least `SHORTEST_ROW`, so that few programs are compiled, and at
-        most `seq_len`.
+        The number is a power of two of at least `SHORTEST_ROW`, so that few shapes are compiled, or
+        `seq_len` if that is smaller.
 
         Args:
             indices: Indices of the rows `[b]`.
@@ -113,8 +117,8 @@ class ChatRows:
             width: Number of targets of the rows, T; None takes `width(indices)`.
 
         Returns:
-            Dict of "tokens", "loss_mask", "segment" and "position" `[b, T + 1]`, as the attributes,
-            and "rows" `[b]`, int64, the indices.
+            Mapping from name to array: "tokens", "loss_mask", "segment" and "position"
+            `[b, T + 1]`, as in the attributes of this class, and "rows" `[b]`, int64, the indices.
         """
         fields = (field.name for field in dataclasses.fields(self))
         end = 1 + (self.width(indices) if width is None else width)
@@ -122,11 +126,11 @@ class ChatRows:
         return batch | {"rows": np.asarray(indices, np.int64)}
 
     def batches(self, batch_size: int, limit: int | None = None) -> Iterator[Batch]:
-        """Yield batches, as from `read`, of rows evenly spaced over the split, without repeats.
+        """Yield batches, as `read` returns them, of rows that are evenly spaced over the split.
 
         Args:
-            batch_size: Number of rows of a batch; the last batch is padded to it by rows of
-                padding, with -1 as their index in "rows".
+            batch_size: Number of rows of a batch. The last batch is filled up with rows of padding,
+                whose index in "rows" is -1.
             limit: Maximum number of rows to read; None reads all of them.
 
         Raises:
@@ -145,12 +149,12 @@ class ChatData:
         validation: Rows of the held-out split.
         tokenizer: Tokenizer of the rows.
         fingerprint: Hash of the rows and the tokenizer.
-        statistics: Counts of each split ("train", "validation"): "conversations", "texts" (a
-            conversation may need several), "tokens", "loss_tokens" (in the loss), "rows", and texts
-            that were "cut" (truncated) or "dropped" because a row is too short for them.
+        statistics: Mapping from split ("train", "validation") to counts: "conversations", "texts"
+            (one or several per conversation), "tokens", "loss_tokens" (tokens in the loss), "rows",
+            "cut" (truncated texts), and "dropped" (texts without a token in the loss).
         name: Paths of the files and folders, as the user wrote them.
-        note: Message for people: which files of folders were read and which skipped; empty if there
-            are no folders.
+        note: Message for the user: how many files of each folder were read and which were skipped;
+            empty if there are no folders.
     """
 
     train: ChatRows
@@ -180,11 +184,11 @@ class ChatData:
 
 
 def prepare_chat(config: ChatDataConfig, tokenizer: Tokenizer) -> ChatData:
-    """Read and tokenise conversations, and put them into rows in memory.
+    """Read and tokenise conversations, and arrange their tokens in rows in RAM.
 
-    A text that is too long for a row is truncated, and is dropped if no answer begins in what is
-    left. Conversations of equal content are in the same split. Conversations of a validation_path
-    are held out even if the training data contain them too.
+    A text that is too long for a row is truncated, and is dropped if no answer begins before the
+    cut. Conversations of equal content are in the same split. The conversations of
+    `validation_path` are held out even if the files in `path` contain them too.
 
     Args:
         config: Files, row length and packing.
@@ -223,38 +227,40 @@ def prepare_chat(config: ChatDataConfig, tokenizer: Tokenizer) -> ChatData:
 
 
 class ChatReader(TrainReader):
-    """Reader of chat rows: a `TrainReader` with batches as from `ChatRows.read`.
+    """Reader of chat rows in shuffled order: a `TrainReader` whose batches `ChatRows.read` makes.
 
     Args:
         rows: Rows of the split.
         global_batch: Number of rows of a batch over all processes.
-        seed: Seed of the order.
-        local_rows: Indices in the batch of the rows that this process reads; None reads all.
+        seed: Seed of the shuffle.
+        local_rows: Indices, within the global batch, of the rows that this process reads; None
+            reads all rows.
     """
 
     def __init__(
         self, rows: ChatRows, global_batch: int, seed: int, local_rows: np.ndarray | None = None
     ):
         self._chat = rows
-        # Only the order is inherited, which needs nothing but the number of rows.
+        # Only the shuffled order is inherited, which depends only on the number of rows.
         super().__init__(cast(PackedRows, rows), global_batch, seed, local_rows)
 
     def _read(self, rows: np.ndarray) -> Batch:
         local = rows if self._local_rows is None else rows[self._local_rows]
-        return self._chat.read(local, self._chat.width(rows))  # of one width on all processes
+        return self._chat.read(local, self._chat.width(rows))  # the same width on all processes
 
 
 def segment_mask(segment: jax.Array) -> jax.Array:
-    """Compute the attention mask of packed rows: causal, and within a conversation.
+    """Compute the attention mask of packed rows: causal attention within each conversation.
 
-    Padding attends to padding alone. Padding tokens are -1, for which `embed_tokens` gives NaN, and
-    NaN spreads through masked attention: give padding a real id, `jnp.maximum(tokens, 0)`.
+    Padding attends only to padding. The id of padding is -1, for which `embed_tokens` returns NaN,
+    and NaN spreads even through masked attention. So replace the ids of padding before the forward
+    pass, as `jnp.maximum(tokens, 0)` does.
 
     Args:
         segment: Index of each token's conversation in its row `[B, T]`, int32.
 
     Returns:
-        Whether a query attends to a key `[B, T, T]` (row, query, key), bool.
+        Mask `[B, T, T]` (row, query, key), bool; True where the query attends to the key.
     """
     same = segment[:, :, None] == segment[:, None, :]
     return same & jnp.tri(segment.shape[1], dtype=bool)
@@ -305,18 +311,20 @@ def _rows(
 
 
 def pack(lengths: Sequence[int], width: int) -> list[list[int]]:
-    """Pack texts into rows by best-fit decreasing: longest first, each into the fullest that fits.
+    """Pack texts into rows by best-fit decreasing.
+
+    Texts are placed in order of decreasing length, each in the fullest row that has space for it.
 
     Args:
         lengths: Lengths of the texts in tokens, at most `width` each.
         width: Number of tokens of a row.
 
     Returns:
-        Indices of the texts of each row.
+        List of rows; each row is a list of the indices of its texts.
     """
     rows: list[list[int]] = []
     by_free: dict[int, list[int]] = {}  # rows by their number of free tokens
-    sizes: list[int] = []  # the keys, ascending
+    sizes: list[int] = []  # keys of `by_free`, in increasing order
     for text in sorted(range(len(lengths)), key=lambda text: -lengths[text]):
         fit = bisect.bisect_left(sizes, lengths[text])
         if fit < len(sizes):
@@ -336,9 +344,9 @@ def pack(lengths: Sequence[int], width: int) -> list[list[int]]:
 
 
 def one_response_rows(rows: ChatRows) -> ChatRows:
-    """Make a row for each response: all up to the response's end, with the loss on it alone.
+    """Make one row per response: the tokens up to its end, with only the response in the loss.
 
-    A weaver adds memory to one response; earlier turns are context without memory.
+    A weaver adds latent memory to one response; earlier turns are context without latent memory.
 
     Args:
         rows: Rows of conversations, each with any number of responses.

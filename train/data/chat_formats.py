@@ -1,18 +1,19 @@
-"""Convert records of chat data to messages, and refuse what would silently change the learning.
+"""Convert records of chat data to messages, and refuse fields that would change what is learned.
 
 The formats are:
 
-- `{"messages": [{"role": ..., "content": ...}, ...]}`, roles system, user, assistant, tool; a
-  message may have fields that chat templates show (`tool_calls`, `reasoning_content`, `name`, ...),
-  and `"weight": 0`, `"train": false` or `"loss": false` to be left out of the loss;
+- `{"messages": [{"role": ..., "content": ...}, ...]}` with the roles system, user, assistant and
+  tool; a message may have more fields that chat templates show (`tool_calls`, `reasoning_content`,
+  `name`, ...), and `"weight": 0`, `"train": false` or `"loss": false`, each of which leaves the
+  message out of the loss;
 - ShareGPT: `{"conversations": [{"from": "human", "value": ...}, ...]}`;
 - Alpaca: `{"instruction": ..., "input": ..., "output": ...}`, with `system` and `history`;
-- `{"prompt": ..., "completion": ...}`, texts or lists of messages, and
+- `{"prompt": ..., "completion": ...}`, both texts or both lists of messages, and
   `{"question": ..., "answer": ...}`.
 
 If a record has several of these formats, the first in this list is used. The fields `tools` and
 `system` may accompany any format. Fields that would change what is learned (`_REFUSED`) are
-refused; others, such as `id`, are ignored.
+refused; other fields, such as `id`, are ignored.
 """
 
 from __future__ import annotations
@@ -47,11 +48,12 @@ _REFUSED = (
 
 @dataclasses.dataclass(frozen=True)
 class Chat:
-    """Messages of a record, in the form that chat templates need.
+    """Conversation of a record, in the form that chat templates need.
 
     Attributes:
-        messages: Messages with known roles and text as content; the last one is the assistant's.
-        in_loss: Whether each message is learned; only messages of the assistant are.
+        messages: Messages, each with a role of `ROLES` and a text as content; the last message is
+            the assistant's.
+        in_loss: Whether each message is in the loss; only messages of the assistant can be.
         tools: Tools that the assistant may call, as JSON schemas; empty if there are none.
         gap: Text between question and answer for tokenizers without a chat template.
     """
@@ -71,7 +73,7 @@ def read_chat(record: Mapping[str, Any], where: str) -> Chat:
 
     Raises:
         DataError: The record has none of the formats, a message is invalid, the last message is not
-            the assistant's, no message is to be learned, or a field is not supported.
+            the assistant's, no message is in the loss, or a field is not supported.
     """
     for name in _REFUSED:
         value = record.get(name)
@@ -100,7 +102,7 @@ def read_chat(record: Mapping[str, Any], where: str) -> Chat:
 
 
 def _raw_messages(record: Mapping[str, Any], where: str) -> tuple[list[Any], str]:
-    """Return the messages of a record, with roles named as in `ROLES` if known, and the gap."""
+    """Return the unchecked messages, with known roles renamed as in `ROLES`, and `Chat.gap`."""
     if "messages" in record:
         return _list(record["messages"], "messages", where), "\n"
     if "conversations" in record:
@@ -162,7 +164,7 @@ def _alpaca(record: Mapping[str, Any], where: str) -> list[Any]:
 
 
 def _message(message: Any, number: int, where: str) -> tuple[dict[str, Any], bool]:
-    """Return a message in the form that chat templates need, and whether it is learned."""
+    """Return a message in the form that chat templates need, and whether it is in the loss."""
     if not isinstance(message, dict):
         raise DataError(f'{where}: message {number} is no object with "role" and "content"')
     role = message.get("role")

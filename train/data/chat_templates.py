@@ -16,17 +16,17 @@ Message = Mapping[str, Any]
 INSTALL = 'pip install "jinja2>=3.1.6", or the extra "pretrained"'
 
 TRAINING_DAY = datetime.datetime(2026, 1, 1)
-"""Date that templates print in training; it is fixed so that a resumed run has the same rows."""
+"""Date that templates print in training: a fixed date, so that a resumed run has the same rows."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """A text to train on.
+    """A tokenised text to train on, with its loss mask.
 
     Attributes:
         ids: Token ids of the text.
-        loss_mask: Whether each token is in the loss: the content and the end token of an answer
-            that is to be learned.
+        loss_mask: Whether each token is in the loss, which covers the content and the end token of
+            each learned answer.
     """
 
     ids: list[int]
@@ -34,7 +34,7 @@ class Example:
 
 
 def chat_ids(tokenizer: "PretrainedTokenizer", messages: Sequence[Message]) -> list[int]:
-    """Tokenise a conversation up to the point where the model's answer begins.
+    """Tokenise a conversation with the generation prompt that opens the model's answer.
 
     Args:
         tokenizer: Tokenizer with a chat template.
@@ -78,7 +78,7 @@ def _rendered_ids(
 
 
 def common(one: Sequence[int], other: Sequence[int]) -> int:
-    """Count the leading ids that two rows have in common."""
+    """Count the leading token ids that two sequences have in common."""
     return len(os.path.commonprefix([list(one), list(other)]))
 
 
@@ -96,8 +96,8 @@ def open_turn(
     Args:
         tokenizer: Tokenizer with a chat template.
         messages: Messages before the open turn.
-        prefill: Text with which the open turn begins. White space at its end is removed, because
-            templates may trim it.
+        prefill: Text with which the open turn begins. White space at the end of the prefill is
+            removed, because templates may trim it.
         role: Role that speaks in the open turn: "assistant" or "user".
 
     Returns:
@@ -128,7 +128,7 @@ def open_turn(
         return whole if follows else before + tokenizer.rendered(prefill)
     if not prefill:
         raise ValueError("a user's turn without a text: give a prefill that the user begins with")
-    # What two texts that begin with the prefill have in common ends where it ends.
+    # Two turns that differ right after the prefill: their common text ends with the prefill.
     one, other = (
         fill([*messages, {"role": role, "content": prefill + end}], add_generation_prompt=False)
         for end in "01"
@@ -156,22 +156,23 @@ def chat_examples(
     the boundary between prompt and answer.
 
     Usually one example holds the whole conversation. A template may render an earlier answer
-    differently once a later turn follows (without its thoughts, for instance), or the text may be
-    tokenised differently. Generation then sees another prefix, so a new example begins.
+    differently once a later turn follows (without its thinking block, for instance), or the text
+    may be tokenised differently. Generation then sees another prefix, so a new example begins.
 
     Args:
         tokenizer: Tokenizer with a chat template.
         messages: Messages, at least one of which has the role "assistant".
-        in_loss: Whether the answer in each message is learned; None learns all answers. Other
-            answers, and messages of other roles, are context.
+        in_loss: Whether each message is an answer to be learned; None learns all answers. All
+            other messages are context.
         tools: Tools that the template shows, as JSON schemas.
-        close_thoughts: Whether to begin an answer with an empty thought if the generation prompt
-            opens one (`<think>`) and the template shows the answer without it; False raises.
+        close_thoughts: Whether to begin an answer with an empty thinking block if the generation
+            prompt opens a block (`<think>`) and the template shows the answer without a block;
+            False raises a ValueError.
 
     Raises:
         ValueError: The template fails, renders an answer that does not follow its own generation
             prompt, ends an answer without one of the model's end tokens, or leaves out the tools,
-            tool calls or thoughts of a message; or an answer contains an end token.
+            or a message's tool calls or thinking; or an answer contains an end token.
     """
     assert tokenizer.chat_template is not None
     ends = {*tokenizer.stop_ids, tokenizer.separator}
@@ -238,7 +239,7 @@ def chat_examples(
 def _check_shown(
     name: str, prompt: str, text: str, message: Message, turn: int, tools: Sequence[Any]
 ) -> None:
-    """Refuse a template that leaves out what a message says beside its content."""
+    """Raise a ValueError if a template leaves out tools, or a message's tool calls or thinking."""
     parts = [
         ("a tool", function["name"], prompt)
         for tool in tools
@@ -270,13 +271,13 @@ def text_example(
     completion: str,
     end: int,
 ) -> Example:
-    """Tokenise a prompt and its completion as plain text; completion and end are in the loss.
+    """Tokenise a prompt and its completion as plain text; the loss covers completion and end token.
 
     The ids of the prompt are those that generation sees, as in `chat_examples`.
 
     Args:
         prompt_ids: Function that encodes a prompt for generation, to at least one token id.
-        encode: Function that encodes text after other text, without special tokens.
+        encode: Function that encodes a continuation, without special tokens.
         prompt: Text of the prompt.
         completion: Text that follows the prompt.
         end: Token id that ends the completion.
@@ -297,17 +298,18 @@ def render(
     source: str = "the chat template",
     **variables: Any,
 ) -> str:
-    """Render a Jinja chat template of Hugging Face's conventions.
+    """Render a Jinja chat template with Hugging Face's conventions.
 
-    A template comes with the weights, so it is not trusted: it gets plain copies of the messages,
-    cannot change them, cannot reach Python's internals, and has limits of work and memory
-    (`template_limits`).
+    A template comes with the files of a model, so it is not trusted: it gets plain copies of the
+    messages, cannot change the messages or reach Python's internals, and has limits on work and
+    memory (`template_limits`).
 
     Args:
         template: Jinja template. It may use `raise_exception(text)`, `strftime_now(format)`, the
             filter `tojson`, `break` and `continue`; `{% generation %}` is rendered as its content.
         messages: Messages, each with `role` and `content`.
-        add_generation_prompt: Whether the text ends where the model's answer begins.
+        add_generation_prompt: Whether the text ends with the generation prompt, which opens the
+            model's answer.
         now: Date and time that `strftime_now` formats; None takes the current time.
         source: Name of the template in error messages.
         variables: Other variables of the template, such as `bos_token` or `tools`.
@@ -321,7 +323,7 @@ def render(
     moment = now or datetime.datetime.now()
     limits = _limits()  # outside of try: a missing package is no error of the template
 
-    def strftime_now(form: str) -> str:  # a bound method would lead to more
+    def strftime_now(form: str) -> str:  # not a bound method, which would lead to more
         if len(form) > 100:
             raise ValueError(f"strftime_now takes up to 100 characters, not {len(form)}")
         return moment.strftime(form)

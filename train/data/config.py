@@ -9,11 +9,11 @@ import re
 from pathlib import Path
 
 OF_WEIGHTS = "weights:"
-"""Prefix in the name of a tokenizer from pretrained weights; a hash of its content follows."""
+"""Prefix of `DataConfig.tokenizer` for a pretrained tokenizer; the hash of its file follows."""
 
 
 class DataError(ValueError):
-    """A mistake of the user about data: one line that says what is wrong and the way out."""
+    """A user's mistake about data; the message is one line with the mistake and the way out."""
 
 
 def check_rows(seq_len: int, validation: float, seed: int) -> None:
@@ -41,13 +41,14 @@ class DataConfig:
     pretrained weights uses their tokenizer, named weights:HASH; cache_dir keeps a copy of it."""
 
     seq_len: int = 256
-    """Number of target tokens in a row; a row holds seq_len + 1 tokens."""
+    """Number of target tokens per row; each row holds seq_len + 1 tokens."""
 
     seed: int = 0
-    """Seed of the order of training rows; neither the split nor the packed rows depend on it."""
+    """Seed of the shuffle of the training rows. Neither the train/held-out split nor the packed
+    rows depend on the seed."""
 
     validation: float = 0.05
-    """Fraction of the documents that is held out, unless the corpus has its own held-out split."""
+    """Fraction of the documents to hold out, unless the corpus has its own held-out split."""
 
     cache_dir: str | None = None
     """Folder of prepared data; ${XDG_CACHE_HOME:-~/.cache}/thoughtbubbles/data by default."""
@@ -85,7 +86,7 @@ class DataConfig:
         return str(file)
 
     def tokenizer_file(self, digest: str) -> Path:
-        """Path of the copy of a tokenizer from pretrained weights, by the hash of its content."""
+        """Path of the cached copy of a pretrained tokenizer whose content has the hash `digest`."""
         return self.cache / "tokenizers" / re.sub(r"\W", "_", digest) / "tokenizer.json"
 
 

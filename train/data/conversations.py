@@ -2,11 +2,11 @@
 
 The formats of a record are described in `train.data.chat_formats`.
 
-A pretrained tokenizer with a chat template renders conversations with it
-(`train.data.chat_templates.chat_examples`); a prompt and its completion become a user's and an
-assistant's message. Without a template, a completion directly follows its prompt, while an answer
-follows its question, or the only user message, after a line break. The end token or the separator
-of the tokenizer ends the text.
+If the tokenizer has a chat template, the template renders each conversation
+(`train.data.chat_templates.chat_examples`); a prompt and its completion become a user message and
+an assistant message. Without a template, a completion directly follows its prompt, and every other
+answer follows its question after a line break. The text ends with the tokenizer's end token or
+separator.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from train.data.text_files import files_note, suffix_of, walk_files
 from train.data.tokenizers import Tokenizer
 
 FILES = ".jsonl, .ndjson, .parquet or .arrow, JSON also packed"
-"""Description of the conversation files that are read in a folder, for messages."""
+"""Description, for messages, of the files that are read in a folder of conversations."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Conversation:
 
     @property
     def digest(self) -> bytes:
-        """Hash of messages and tools; texts of messages are compared after `splits.canonical`."""
+        """Hash of messages and tools; the messages' texts are normalised by `splits.canonical`."""
         messages = [
             {**message, "content": splits.canonical(message["content"])}
             for message in self.chat.messages
@@ -53,12 +53,12 @@ class Conversation:
         return splits.digest(json.dumps(parts, sort_keys=True))
 
     def examples(self, tokenizer: Tokenizer, close_thoughts: bool = False) -> list[Example]:
-        """Tokenise the conversation; a chat template may need several examples for it.
+        """Tokenise the conversation as one example, or as several if `chat_examples` needs them.
 
         Args:
             tokenizer: Tokenizer of the model.
-            close_thoughts: Whether to begin an answer with an empty thought if the generation
-                prompt opens one and the answer has none.
+            close_thoughts: Whether to begin an answer with an empty thinking block if the
+                generation prompt opens a block and the answer has none.
 
         Raises:
             DataError: The chat template fails or refuses the conversation; or the tokenizer has no
@@ -112,8 +112,8 @@ def conversation_files(path: str) -> tuple[list[Path], str]:
     """Find the files of conversations at a path, in the order in which they are read.
 
     Args:
-        path: Path of a file with any name, or of a folder, in which `FILES` are found at any depth
-            and behind links; hidden files and folders are left out.
+        path: Path of a file with any name, or of a folder that is searched for `FILES` at any
+            depth and through links; hidden files and folders are left out.
 
     Returns:
         Paths of the files, and a message that says how many files of the folder are read and which

@@ -28,23 +28,23 @@ class Corpus(Protocol):
 
     @property
     def note(self) -> str:
-        """Message for people: which files were read and which skipped; may be empty."""
+        """Message for the user: how many files were read and which were skipped; may be empty."""
         ...
 
     def documents(self, split: Split) -> Iterator[str]:
-        """Yield the documents of a split in the same order each time; none is only white space.
+        """Yield the documents of a split in the same order each time, without blank documents.
 
-        Prepares the corpus on disk if that has not happened yet.
+        The first call prepares the corpus on disk, unless it is prepared already.
         """
         ...
 
     def count(self, split: Split) -> int:
-        """Number of stored documents that a split is read from, for a progress bar."""
+        """Count the stored documents that are read to yield a split, for a progress bar."""
         ...
 
 
 class SplitCorpus:
-    """Corpus of the documents that a function returns, split by content (`splits.held_out`).
+    """Corpus of the documents that a function returns, split by their content (`splits.held_out`).
 
     Documents with equal `splits.canonical` texts are in the same split. The fingerprint is a hash
     of all documents, so the function is called one more time before each run.

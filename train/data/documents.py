@@ -26,10 +26,10 @@ _BLOCK = 1 << 18  # bytes of a record
 
 
 def write_documents(files: TextFiles, validation: float, folder: Path) -> None:
-    """Write the distinct documents of text files into two splits, each ordered by a hash.
+    """Write the distinct documents of text files to disk as two splits, each in order of a hash.
 
-    Of documents with an equal `splits.document_digest` the first one is kept. If the corpus has its
-    own held-out split, documents of that split are removed from the training split.
+    Of documents with equal `splits.document_digest`, the first document is kept. If the corpus has
+    its own held-out split, copies of held-out documents are removed from the training split.
 
     Args:
         files: Files of the corpus.
@@ -79,7 +79,10 @@ def write_documents(files: TextFiles, validation: float, folder: Path) -> None:
 
 
 def _to_move(files: TextFiles, ends: dict[Split, tuple[bytes, bytes]]) -> bytes | None:
-    """Digest of the document that an empty split gets, the one nearest to the border."""
+    """Digest of the document to move to an empty split; None if both splits have documents.
+
+    It is the document whose digest is nearest to the border between the splits.
+    """
     if len(ends) == 2:
         return None
     if files.held_out:
@@ -114,7 +117,7 @@ class StoredDocuments:
 
     @property
     def repeated(self) -> int:
-        """Number of documents that were read but not stored, because equal ones are stored."""
+        """Number of documents that were not stored, because equal documents are stored."""
         return self._counts["repeated"]
 
     def documents(self, split: Split) -> Iterator[str]:
@@ -156,7 +159,7 @@ class StoredDocuments:
 
 
 class _Blocks:
-    """Writer of records of many documents, each document after its size in bytes.
+    """Writer that joins documents into records, in which each document follows its size in bytes.
 
     Args:
         write: Function that appends a record.
@@ -178,7 +181,7 @@ class _Blocks:
 
 
 class _Spool:
-    """Temporary files of documents, 256 for each split, chosen by the first byte of a hash.
+    """Temporary files that sort documents by a hash: 256 files per split, one per first byte.
 
     Args:
         folder: Folder of the files.
@@ -203,7 +206,7 @@ class _Spool:
         self._buffers.clear()
 
     def in_order(self, side: Split) -> Iterator[tuple[bytes, bytes]]:
-        """Yield key and text of the distinct documents of a split, and remove the files."""
+        """Yield key and text of each distinct document in order of the hash; remove the files."""
         for path in sorted(self._folder.glob(f"{side}-*")):
             with open(path, "rb") as file:
                 before = b""
@@ -222,7 +225,7 @@ class _Spool:
 
 
 def _index(path: Path) -> Iterator[tuple[bytes, int, int]]:
-    """Order, index of the key's first byte, and size of each document of a spool's file."""
+    """Yield the hash, the offset of the key, and the size in bytes of each document of a file."""
     with open(path, "rb") as file:
         while head := file.read(_KEY + _KEY + _SIZE):
             size = int.from_bytes(head[-_SIZE:], "little")

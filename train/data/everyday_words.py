@@ -1,4 +1,4 @@
-"""A pool of everyday words that serve as new names of concepts: no directions and no numbers."""
+"""Everyday words that serve as new names of concepts, without directions and numbers."""
 
 _WORDS = """
 ant badger bat bear beaver bee beetle bison camel cat cheetah chicken cobra cow crab crane crow

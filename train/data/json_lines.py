@@ -84,7 +84,7 @@ def check_text(fields: dict[str, Any], name: str, where: str, way_out: str = "")
         fields: Fields of an object.
         name: Name of the field.
         where: File and line number, for error messages.
-        way_out: Advice to the user about a missing field or another type; "" asks for a string.
+        way_out: Advice in the error message if the field is not a string; "" asks for a string.
 
     Raises:
         DataError: The field is missing, is not a string, or holds an unpaired surrogate (half a

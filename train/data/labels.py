@@ -61,9 +61,9 @@ def segments(documents: Iterable[str], size: int = SEGMENT) -> Iterator[str]:
 
     Args:
         documents: Documents in any order. Documents shorter than half a segment are joined, with
-            an empty line between them, and what exceeds a full segment is dropped.
-        size: Number of characters of a segment. The last segment of a document may be shorter; it
-            is dropped if it has less than half of them.
+            an empty line between them, and text beyond a full segment is dropped.
+        size: Number of characters of a segment. The last segment of a document may be shorter; a
+            segment of less than half of `size` is dropped.
     """
     short = ""
     for document in documents:
@@ -113,7 +113,7 @@ class Classifier:
 
 
 def _features(text: str) -> np.ndarray:
-    """Logarithmic counts of hashed words and pairs, of length 1, and a 1 for the bias."""
+    """Compute log(1 + count) of hashed words and pairs, with L2 norm 1, and a 1 for the bias."""
     words = _WORD.findall(text.lower())
     counts = np.zeros(_BUCKETS + 1)
     for gram in (*words, *map(" ".join, zip(words, words[1:], strict=False))):
@@ -207,8 +207,8 @@ def read_labelled(path: Path) -> list[Segment]:
 def standard_library_segments(limit: int, of_file: int = 5) -> list[Segment]:
     """Label segments of Python's standard library as "prose" or "code", by Python's tokenizer.
 
-    A segment is prose if at least half of its characters, without white space, are in comments and
-    multi-line strings; else it is code.
+    A segment is prose if at least half of its characters, white space not counted, are in comments
+    and multi-line strings; all other segments are code.
 
     Args:
         limit: Maximum number of segments.
@@ -222,7 +222,7 @@ def standard_library_segments(limit: int, of_file: int = 5) -> list[Segment]:
         text = (source.root / file).read_text(encoding="utf-8", errors="replace")
         try:
             is_prose = prose_characters(text)
-        except (tokenize.TokenError, SyntaxError):  # of a Python that is not this one
+        except (tokenize.TokenError, SyntaxError):  # syntax of another Python version
             continue
         starts = range(0, len(text) - SEGMENT, SEGMENT)
         for start in starts[:: max(1, -(-len(starts) // of_file))]:
@@ -239,7 +239,7 @@ def prose_characters(text: str) -> list[bool]:
 
     Raises:
         SyntaxError: The text is not Python.
-        tokenize.TokenError: The text ends inside of a statement or string.
+        tokenize.TokenError: The text ends inside a statement or a string.
     """
     starts = [0]
     for line in io.StringIO(text):  # as the tokenizer reads it

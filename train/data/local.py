@@ -1,4 +1,4 @@
-"""Local files as a corpus that is prepared on disk."""
+"""Corpus of local files, whose documents are prepared on disk."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ from train.data.documents import StoredDocuments, write_documents
 from train.data.storage import build_once
 from train.data.text_files import TextFiles
 
-FORMAT = 2  # to be raised when prepared corpora must be made again
+FORMAT = 2  # increased when prepared corpora must be made again
 
 
 class LocalCorpus:
     """Corpus of local files, whose documents are written to the cache once.
 
     The cache folder is named after a hash of the files: an edited corpus is prepared again, an
-    unchanged one is reused. Of equal documents (`splits.canonical`) one is kept. The held-out split
-    is the files' own; without one, documents are held out by their content.
+    unchanged corpus is reused. Of equal documents (`splits.canonical`), only one is kept. The
+    held-out split is the files' own split (`TextFiles.held_out`) if there is one; otherwise
+    documents are held out by a hash of their content.
 
     Args:
         files: Files of the corpus.

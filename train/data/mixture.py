@@ -4,8 +4,8 @@
     mix({0: {"stdlib": 0.9, "~/texts": 0.1}, 1000000: {"~/texts": 1.0}}, schedule="linear")
 
 Weights are fractions of the training sequences. Each source is split, packed and cached on its own,
-so that a sequence comes from one source, and other weights need nothing packed again. The source of
-sequence n, and its index within the source, follow from n alone (`train.data.assignment`).
+so each sequence comes from one source, and new weights need no new packing. The source of sequence
+n, and its index within the source, follow from n alone (`train.data.assignment`).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from train.data.schedule import Kind, Piece, schedule, without
 
 Exhausted = Literal["repeat", "stop", "renormalise"]
 
-FORMAT = 1  # to be raised when a mixture's order changes
+FORMAT = 1  # increased when a mixture's order changes
 REPEATS = 4
 """Number of epochs of a source above which `MixtureData.outlook` warns of repeats."""
 
@@ -42,18 +42,19 @@ _WRITE = (
     '{...}}, schedule="linear", exhausted="repeat")'
 )
 _LIMIT = 2
-"""Maximum distance of counts from the integrals of weights (`Assignment.bound`)."""
+"""Maximum difference between a source's count and its weight's integral (`Assignment.bound`)."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Mixture:
-    """A mixture as `mix(...)` describes it.
+    """A mixture of S sources as `mix(...)` describes it.
 
     Attributes:
-        sources: Text of each source (see `sources.source_from_text`) by its name [S].
-        pieces: Pieces of the schedule of the sources' weights.
+        sources: Mapping from each source's name to its text (see `sources.source_from_text`).
+        pieces: Pieces of the weight schedule.
         exhausted: What happens when all rows of a source have been read: "repeat" reads them again
-            in another order, "stop" ends the run, "renormalise" gives its weight to the others.
+            in another order, "stop" ends the run, "renormalise" divides the source's weight among
+            the other sources.
     """
 
     sources: Mapping[str, str]
@@ -81,12 +82,12 @@ def parse_mixture(text: str) -> Mixture:
 
     Args:
         text: Text `mix({...}, schedule=..., exhausted=...)`. The dictionary maps sources to their
-            weights, or the number of tokens of each knot to a dictionary of weights. A source may
-            have a name in front, as in "books=~/texts"; otherwise its text is its name.
+            weights, or maps the tokens before each knot of the schedule to such a dictionary. A
+            source may have a name in front, as in "books=~/texts"; otherwise its text is its name.
 
     Raises:
         DataError: The text has another form, weights do not sum to 1, a source is named twice or is
-            a mixture, or the knots do not ascend from token 0.
+            a mixture, or the knots are not in increasing order from token 0.
     """
     try:
         call = ast.parse(text.strip(), mode="eval").body
@@ -116,7 +117,7 @@ def parse_mixture(text: str) -> Mixture:
 
 
 def _sources(knots: Sequence[tuple[int, Sequence[tuple[str, Any]]]]) -> dict[str, str]:
-    """Collect the texts of the sources, as they are written, by their names.
+    """Return the mapping from each source's name to its text as written, with the name in front.
 
     Raises:
         DataError: There is no source, or a source is named twice or is a mixture.
@@ -151,7 +152,7 @@ def _without_name(text: str) -> str:
 
 
 def _pairs(node: ast.AST) -> list[tuple[Any, Any]]:
-    """Keys and unread values of a dictionary; a key that stands twice is there twice."""
+    """Return the keys and the unevaluated values of a dictionary, with repeated keys."""
     if not isinstance(node, ast.Dict) or None in node.keys:
         raise TypeError
     keys = [ast.literal_eval(cast(ast.expr, key)) for key in node.keys]
@@ -174,7 +175,7 @@ class JoinedRows(PackedRows):
     """Rows of several sources as one sequence of rows, source after source.
 
     Args:
-        parts: Rows of each source by its name, of one row length.
+        parts: Mapping from each source's name to its rows; all rows have the same length.
         weights: Weight of each source in evaluation metrics, which are means over the sources.
     """
 
@@ -195,7 +196,11 @@ class JoinedRows(PackedRows):
         return self.read_from(source, index)
 
     def read_from(self, source: np.ndarray, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Read rows by source [n] and index within the source [n]; returns the same as `read`."""
+        """Read n rows, each given by the number of its source and its index within that source.
+
+        Returns:
+            Tokens [n, seq_len + 1] and bytes of text [n], as `PackedRows.read` returns them.
+        """
         tokens = np.empty((len(source), self.seq_len + 1), np.int32)
         sizes = np.empty(len(source), np.int32)
         for number, rows in enumerate(self.parts.values()):
@@ -212,11 +217,11 @@ class MixtureData(PackedData):
     Attributes:
         train: Training rows of all sources.
         validation: Held-out rows of all sources, weighted as at the end of the schedule.
-        mixture: The mixture.
-        parts: Packed rows of each source by its name.
-        pieces: Pieces of the schedule; with "renormalise" a source has weight 0 once exhausted.
-        end: Number of sequences after which there are no more; None without end.
-        statistics: "corpus" is "mix"; "sources" has the statistics of each source by its name.
+        mixture: Names, weights and options of the sources.
+        parts: Mapping from each source's name to its packed rows.
+        pieces: Pieces of the weight schedule; with "renormalise", exhausted sources have weight 0.
+        end: Number of training sequences after which the mixture ends; None if it never ends.
+        statistics: "corpus" is "mix"; "sources" is a mapping from source name to statistics.
     """
 
     mixture: Mixture = dataclasses.field(kw_only=True)
@@ -236,7 +241,7 @@ class MixtureData(PackedData):
 
     @property
     def sources(self) -> dict[str, str]:
-        """Fingerprint of the rows of each source, by the source's name."""
+        """Mapping from each source's name to the fingerprint of its rows."""
         return {name: part.fingerprint for name, part in self.parts.items()}
 
     @property
@@ -245,7 +250,7 @@ class MixtureData(PackedData):
         return "\n".join([f"mixture of {len(lines)} sources", *lines])
 
     def progress(self, sequences: int) -> dict[str, tuple[float, float]]:
-        """Compute each source's fraction of the first `sequences`, and its epochs, by name."""
+        """Map source names to (fraction of the first `sequences`, number of epochs in them)."""
         counts = self.assignment.counts(min(sequences, self.end or sequences))
         both = zip(self.parts, counts, self.sizes, strict=True)
         return {
@@ -254,7 +259,7 @@ class MixtureData(PackedData):
         }
 
     def outlook(self, sequences: int) -> list[str]:
-        """Write lines that say what a run of `sequences` reads, and warn of many repeats."""
+        """Describe for the user what a run of `sequences` sequences reads, with warnings."""
         seen = self.progress(sequences)
         shares = [f"{name} {s:.1%} ({epochs:.2f} epochs)" for name, (s, epochs) in seen.items()]
         lines = [f"{min(sequences, self.end or sequences):,} sequences: {', '.join(shares)}"]
@@ -273,12 +278,12 @@ class MixtureData(PackedData):
 
 
 def prepare(config: DataConfig, stored: Mapping[str, str] = MappingProxyType({})) -> PackedData:
-    """Open the packed rows of a corpus or a mixture; sources that are not packed are packed first.
+    """Open the packed rows of a corpus or of a mixture's sources, after packing what is missing.
 
     Args:
         config: Corpus, tokenizer and row length.
-        stored: Fingerprints of rows that were packed earlier, by the text of the corpus or by the
-            names of sources. If the cache has these rows, they are opened whatever their text is.
+        stored: Mapping from the text of the corpus, or from the names of sources, to fingerprints
+            of rows that were packed earlier (see `prepare_corpus`).
 
     Returns:
         Packed rows of both splits; a `MixtureData` for a mixture.
@@ -300,11 +305,11 @@ def mix(mixture: Mixture, parts: Mapping[str, PackedData]) -> MixtureData:
 
     Args:
         mixture: Weights and names of the sources.
-        parts: Packed rows of each source by its name, in the order of the mixture.
+        parts: Mapping from each source's name to its packed rows, in the order of `mixture`.
 
     Raises:
         DataError: Two sources have equal rows or different vocabularies or row lengths, a source
-            has too few rows, or the schedule does not keep counts near weights (`check_bound`).
+            has too few rows, or counts may differ too much from the weights (`check_bound`).
     """
     (first, one), *others = parts.items()
     for name, part in others:
@@ -346,14 +351,14 @@ def mix(mixture: Mixture, parts: Mapping[str, PackedData]) -> MixtureData:
 def _exhausted(
     mixture: Mixture, sizes: Mapping[str, int], seq_len: int
 ) -> tuple[Sequence[Piece], int | None]:
-    """Compute schedule and end of a mixture whose sources have `sizes` rows."""
+    """Compute the schedule and the end, in sequences, of a mixture of sources with `sizes` rows."""
     limits, pieces = list(sizes.values()), mixture.pieces
     check_bound(pieces, seq_len)
     if mixture.exhausted == "repeat":
         return pieces, None
     if mixture.exhausted == "stop":
         return pieces, Assignment(pieces, seq_len).last_within(limits)
-    # A source's count is never more than _LIMIT above its integral, so the weight ends in time.
+    # A count exceeds its integral by at most _LIMIT, so the weight is 0 before the rows run out.
     for name, rows in sizes.items():
         if rows <= _LIMIT:
             raise DataError(
@@ -379,7 +384,7 @@ def _exhausted(
 
 
 def check_bound(pieces: Sequence[Piece], seq_len: int) -> None:
-    """Raise a DataError if counts may stray more than 2 sequences from a schedule's weights."""
+    """Raise a DataError if a source's count may be more than 2 from its weight's integral."""
     bound = Assignment(pieces, seq_len).bound
     if bound > _LIMIT:
         raise DataError(
@@ -393,14 +398,14 @@ def check_bound(pieces: Sequence[Piece], seq_len: int) -> None:
 class MixtureReader(TrainReader):
     """Reader of a mixture: the global batch of step s is sequences s·B to (s + 1)·B - 1.
 
-    The rows of a source are read in an order that is shuffled anew in each epoch. It depends on the
-    seed and the source's rows alone, not on the weights.
+    The rows of a source are read in an order that is shuffled anew in each epoch. The order depends
+    only on the seed and the source's rows, not on the weights.
 
     Args:
-        data: The mixture.
+        data: Packed rows of the mixture.
         global_batch: Number of rows of a batch over all processes, B.
-        seed: Seed of the order within each source.
-        local_rows: Indices in the batch, from 0 to B - 1, of the rows that this process reads; None
+        seed: Seed of the shuffle within each source.
+        local_rows: Indices, from 0 to B - 1, of the rows of a batch that this process reads; None
             reads all of them.
 
     Raises:

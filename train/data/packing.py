@@ -13,18 +13,18 @@ from train.data.storage import record_writer
 from train.data.tokenizers import Tokenizer
 
 PADDING = -1
-"""Token id of padding, which fills up a row behind the end of its text."""
+"""Token id of padding, which fills up a row after the end of its text."""
 
 _BLOCK = 1 << 18  # tokens in memory before their rows are written
 
 
 class PackedRows:
-    """Packed rows of a split, read by their index.
+    """Packed rows of a split, with random access by index.
 
-    Row i holds tokens i·seq_len to (i + 1)·seq_len of the stream [separator] document [separator]
-    document ..., so that each token but the very first is a target exactly once. `rows[i]` is a
-    pair: the tokens [seq_len + 1], int32, and the number of bytes of text that the targets
-    tokens[1:] stand for. A short last row is padded with -1.
+    Row i holds tokens i·seq_len to (i + 1)·seq_len, both included, of the concatenation [separator]
+    document [separator] document ..., so that each token except the very first is a target exactly
+    once. `rows[i]` is a pair: the tokens [seq_len + 1], int32, and the number of bytes of text that
+    the targets tokens[1:] stand for. A short last row is padded with -1.
 
     Args:
         path: ArrayRecord file of the rows.
@@ -58,7 +58,8 @@ class PackedRows:
             indices: Indices of the rows [n].
 
         Returns:
-            Tokens [n, seq_len + 1], int32, and bytes of text that the targets stand for [n], int32.
+            Token ids [n, seq_len + 1], int32, and the number of bytes of text that the targets of
+            each row stand for [n], int32.
 
         Raises:
             IndexError: A row does not exist.
@@ -83,9 +84,9 @@ class PackedRows:
 
 
 def record_dtype(seq_len: int, vocab_size: int) -> np.dtype:
-    """Layout of a stored row: little-endian, 16 bits per token if the vocabulary allows it.
+    """Dtype of a stored row: little-endian, with 16 bits per token if the vocabulary allows it.
 
-    The fields are "bytes" and "tokens" [seq_len + 1]. In 16 bits the largest value is the padding.
+    The fields are "bytes" and "tokens" [seq_len + 1]. With 16 bits, the largest value is padding.
     """
     token = "<u2" if vocab_size <= np.iinfo(np.uint16).max else "<i4"
     return np.dtype([("bytes", "<i4"), ("tokens", token, (seq_len + 1,))])
@@ -94,15 +95,15 @@ def record_dtype(seq_len: int, vocab_size: int) -> np.dtype:
 def write_rows(
     documents: Iterable[str], tokenizer: Tokenizer, seq_len: int, path: Path, *, keep_tail: bool
 ) -> dict[str, int]:
-    """Tokenise documents and write their rows.
+    """Tokenise documents, pack the tokens into rows and write the rows.
 
     Args:
-        documents: Documents in the order of the stream.
+        documents: Documents, in the order in which they are concatenated.
         tokenizer: Tokenizer of the documents.
         seq_len: Number of targets of a row.
         path: ArrayRecord file to write.
         keep_tail: Whether the last tokens, if they do not fill a row, are padded to a row; False
-            drops them.
+            drops these tokens.
 
     Returns:
         Dict with the counts of "documents", "tokens" (with separators), "bytes" of text, and
@@ -131,9 +132,9 @@ def write_rows(
 def _blocks(
     documents: Iterable[str], tokenizer: Tokenizer, counts: dict[str, int]
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """The stream of tokens and their bytes in pieces of at least _BLOCK tokens.
+    """Yield blocks of at least _BLOCK tokens, except for the last, and the bytes of each token.
 
-    Documents, tokens and bytes are added to `counts` on the way.
+    The numbers of documents, tokens and bytes are added to `counts`.
     """
     separator = (np.array([tokenizer.separator], np.int32), np.zeros(1, np.int32))
     pieces: list[tuple[np.ndarray, np.ndarray]] = []
@@ -166,7 +167,7 @@ def _write(
     seq_len: int,
     record: np.dtype,
 ) -> int:
-    """Write all whole rows at the front of the stream; returns their number."""
+    """Write all complete rows at the front of `tokens`; return the number of rows."""
     count = max(0, len(tokens) - 1) // seq_len
     if count:
         windows = np.lib.stride_tricks.sliding_window_view(tokens, seq_len + 1)[::seq_len]

@@ -19,14 +19,14 @@ from train.data.sources import open_corpus
 from train.data.storage import build_once
 from train.data.tokenizers import Tokenizer, load_tokenizer
 
-FORMAT = 1  # to be raised when packed rows must be made again
+FORMAT = 1  # increased when packed rows must be made again
 
 _METADATA = "metadata.json"
 
 
 @dataclasses.dataclass(frozen=True)
 class PackedData:
-    """Two splits of a corpus as rows of tokens.
+    """Training and held-out split of a corpus as packed rows of tokens.
 
     Attributes:
         train: Rows of the training split.
@@ -36,8 +36,8 @@ class PackedData:
             rows.
         statistics: Names of the "corpus" and the "tokenizer", and for each split ("train" and
             "validation") the counts of "documents", "tokens", "bytes" and "rows".
-        note: Message for people: which files were read or skipped, or where the rows come from;
-            may be empty.
+        note: Message for the user: how many files were read or skipped, or where the rows come
+            from; may be empty.
     """
 
     train: PackedRows
@@ -49,7 +49,7 @@ class PackedData:
 
     @property
     def sources(self) -> dict[str, str]:
-        """Fingerprint of the rows of each source of a mixture, by name; empty for one corpus."""
+        """Mapping from each source of a mixture to its rows' fingerprint; empty for one corpus."""
         return {}
 
     @property
@@ -96,7 +96,7 @@ def prepare_documents(corpus: Corpus, config: DataConfig) -> PackedData:
     """Open the packed rows of an opened corpus; if the cache has none, pack them first.
 
     Args:
-        corpus: Corpus to pack, instead of the one that the config names.
+        corpus: Corpus to pack, instead of the corpus that the config names.
         config: Tokenizer, row length and cache.
 
     Raises:
@@ -104,7 +104,7 @@ def prepare_documents(corpus: Corpus, config: DataConfig) -> PackedData:
     """
     tokenizer = load_tokenizer(config.tokenizer_source)
     identity = f"{FORMAT} {corpus.fingerprint} {tokenizer.fingerprint} {config.seq_len}"
-    if isinstance(tokenizer, PretrainedTokenizer):  # whose file alone doesn't tell these
+    if isinstance(tokenizer, PretrainedTokenizer):  # its fingerprint covers neither of these
         identity += f" {tokenizer.separator} {tokenizer.vocab_size}"
     fingerprint = hashlib.blake2b(identity.encode(), digest_size=16).hexdigest()
     folder = config.cache / "rows" / fingerprint

@@ -14,24 +14,24 @@ Batch = dict[str, np.ndarray]
 
 
 class TrainReader:
-    """Reader of a split's rows in an endless order, which is shuffled anew in every epoch.
+    """Reader of batches of a split's rows, in an endless order that is shuffled anew in each epoch.
 
-    The global batch of step s is rows s·B to (s + 1)·B - 1 of that order; each process reads its
+    The global batch of step s is rows s·B to (s + 1)·B - 1 of this order; each process reads its
     local rows of the batch. The step number is therefore the whole state of the reader, and batches
     do not depend on the number of processes.
 
     Args:
         rows: Rows of the split.
         global_batch: Number of rows of a batch over all processes, B.
-        seed: Seed of the order.
-        local_rows: Indices in the batch, from 0 to B - 1, of the rows that this process reads; None
+        seed: Seed of the shuffle.
+        local_rows: Indices, from 0 to B - 1, of the rows of a batch that this process reads; None
             reads all of them.
 
     Raises:
         DataError: The batch size is less than 1.
 
     Attributes:
-        end: Number of steps after which there are no more batches; None without end.
+        end: Number of steps for which there are batches; None if batches never end.
     """
 
     end: int | None = None
@@ -53,16 +53,16 @@ class TrainReader:
             step: Number of the step, from 0.
 
         Returns:
-            Dict of "tokens" [b, seq_len + 1], int32, and "rows" [b], int64, the index of each row
-            in its split; for a mixture also "source" [b], int32, the number of the source, within
-            which "rows" then counts.
+            Mapping from name to array: "tokens" [b, seq_len + 1], int32, and "rows" [b], int64, the
+            index of each row in the split. A mixture also has "source" [b], int32, the number of
+            each row's source; its "rows" are indices within the source.
         """
         return cast(Batch, self._batches[step])  # only a filtered data set has gaps
 
     def iterate(self, start_step: int = 0) -> Generator[Batch, None, None]:
-        """Yield the batches of all steps from `start_step` on, read ahead by two threads.
+        """Yield the batches of all steps from `start_step` on, prefetched by two threads.
 
-        The threads end when the iterator is closed or dropped.
+        The threads end when the iterator is closed or garbage-collected.
 
         Args:
             start_step: Number of the first step.
@@ -87,7 +87,7 @@ def evaluation_batches(
 ) -> Iterator[Batch]:
     """Read rows that are evenly spaced over a split, in order and without repeats.
 
-    Neighbouring rows come from the same document, so that the first rows would be a poor sample.
+    Neighbouring rows often come from the same document, so the first rows would be a poor sample.
 
     Args:
         rows: Rows of the split.
@@ -96,8 +96,9 @@ def evaluation_batches(
         limit: Maximum number of rows to read; None reads all of them.
 
     Returns:
-        Iterator over batches: dicts of "tokens" [b, seq_len + 1], int32, with -1 behind the end of
-        the text, and "bytes" [b], int32, the number of bytes of text that the targets stand for.
+        Iterator over batches, each a mapping from name to array: "tokens" [b, seq_len + 1], int32,
+        with -1 after the end of the text, and "bytes" [b], int32, the number of bytes of text that
+        the targets of each row stand for.
 
     Raises:
         DataError: The batch size is less than 1.
@@ -121,11 +122,11 @@ def padded_batches(
     """Yield batches of rows that are evenly spaced over a split, in order and without repeats.
 
     Args:
-        read: Function from indices [b] to a batch of arrays [b, ...] by name.
+        read: Function from row indices [b] to a batch, a mapping from name to array [b, ...].
         num_rows: Number of rows of the split.
-        batch_size: Number of rows of a batch; the last batch is padded to it.
+        batch_size: Number of rows of a batch, b; the last batch is padded to b rows.
         limit: Maximum number of rows to read; None reads all of them.
-        padding: Value that fills the padding rows of each array, by name.
+        padding: Mapping from the name of each array to the value that fills its padding rows.
 
     Raises:
         DataError: The batch size is less than 1.
@@ -149,16 +150,16 @@ def shuffled(size: int, seed: int, *more: int) -> Any:
 
     Args:
         size: Number of rows.
-        seed: Seed of the order.
-        more: Further integers of the seed, for different orders with the same `seed`.
+        seed: Seed of the shuffle.
+        more: More integers to mix into the seed, for different orders with the same `seed`.
 
     Returns:
         `grain.MapDataset` of row indices, with random access.
     """
     import grain  # here: what reads no packed rows runs without it
 
-    # grain adds the epoch to the seed: taken as it is, seed 1 would begin with the second epoch of
-    # seed 0.
+    # grain adds the epoch to the seed: without the hash, seed 1 would begin with the second epoch
+    # of seed 0.
     entropy = [seed, *more] if more else seed
     key = int(np.random.SeedSequence(entropy).generate_state(1)[0])
     return grain.MapDataset.range(size).shuffle(seed=key).repeat()

@@ -1,4 +1,4 @@
-"""Read records that have a field of text: JSON Lines, Parquet, and Arrow as `datasets` saves it."""
+"""Read records with a field of text: JSON Lines, Parquet, and Arrow as `datasets` saves it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def is_records(name: str) -> bool:
 
 
 def read_records(path: Path) -> Iterator[JsonLine]:
-    """Yield the records of a file in order, with all of their fields; few are in memory at a time.
+    """Yield the records of a file in order, with all fields; few records are in RAM at a time.
 
     Null values of Arrow and Parquet count as missing fields, because there every record has all
     columns of the file.
@@ -105,7 +105,7 @@ def _arrow_errors(path: Path) -> Iterator[None]:
 def _opened(
     path: Path, field: str | None, stack: contextlib.ExitStack
 ) -> tuple[Any, Iterator[Any]]:
-    """Schema and record batches of a file, with one column or all."""
+    """Open a file; return its schema and record batches, with one column or (None) all columns."""
     import pyarrow
     from pyarrow import ipc, parquet
 
@@ -119,7 +119,7 @@ def _opened(
     try:
         stream = stack.enter_context(ipc.open_stream(source))
         return stream.schema, iter(stream)
-    except pyarrow.ArrowInvalid:  # the other of Arrow's two formats
+    except pyarrow.ArrowInvalid:  # Arrow's file format, not its streaming format
         whole = stack.enter_context(ipc.open_file(source))
         return whole.schema, (whole.get_batch(i) for i in range(whole.num_record_batches))
 

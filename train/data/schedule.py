@@ -1,4 +1,4 @@
-"""Weights of several sources over training, and their exact integrals."""
+"""Schedule of a mixture's weights over training, and exact integrals of the weights."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from typing import Literal
 from train.data.config import DataError
 
 Kind = Literal["constant", "linear"]
-_DENOMINATOR = 10**9  # of weights that are no short decimals
-_LARGEST = 10**9  # a weight, before it is told to be 1 at most
+_DENOMINATOR = 10**9  # of weights with more than nine decimals
+_LARGEST = 10**9  # bound on a weight before the sum of weights is checked
 TOLERANCE = Fraction(1, 10**6)
-"""Maximum distance of a sum of weights from 1 that counts as rounding: weights are then divided by
-their sum."""
+"""Maximum difference of a sum of weights from 1 that counts as a rounding error; the weights are
+then divided by their sum."""
 
 
 def interpolate(w0: Mapping[str, float], w1: Mapping[str, float], alpha: float) -> dict[str, float]:
     """Interpolate between the weights of two mixtures: (1 - α)·w0 + α·w1.
 
     Args:
-        w0: Weights at α = 0, by name; a name that is missing has weight 0.
-        w1: Weights at α = 1, by name.
-        alpha: Weight α of the second mixture, from 0 to 1.
+        w0: Mapping from source name to weight at α = 0; a missing source has weight 0.
+        w1: Mapping from source name to weight at α = 1.
+        alpha: Interpolation coefficient α, from 0 to 1.
 
     Returns:
-        Weight of each name of either mixture.
+        Mapping from each source of either mixture to its weight.
 
     Raises:
         DataError: `alpha` is not from 0 to 1.
@@ -42,14 +42,14 @@ def interpolate(w0: Mapping[str, float], w1: Mapping[str, float], alpha: float) 
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-    """A stretch of training over which the weights of all S sources are linear in the tokens.
+    """An interval of training over which the weights of all S sources are linear in the tokens.
 
     Attributes:
-        start: Number of tokens before the stretch.
-        stop: Number of tokens before the next stretch; None for the last stretch, in which the
-            weights are constant.
-        first: Weights at the start of the stretch [S].
-        last: Weights at the end of the stretch [S].
+        start: Number of training tokens before the interval.
+        stop: Number of training tokens before the next interval; None for the last interval, in
+            which the weights are constant.
+        first: Weights at the start of the interval [S].
+        last: Weights at the end of the interval [S].
     """
 
     start: int
@@ -58,7 +58,7 @@ class Piece:
     last: tuple[Fraction, ...]
 
     def at(self, tokens: int) -> tuple[Fraction, ...]:
-        """Compute the weights [S] after a number of tokens of training."""
+        """Compute the weights [S] after `tokens` training tokens."""
         if self.stop is None:
             return self.first
         alpha = Fraction(tokens - self.start, self.stop - self.start)
@@ -68,17 +68,18 @@ class Piece:
 def schedule(
     knots: Sequence[tuple[int, Sequence[float]]], names: Sequence[str], kind: Kind
 ) -> list[Piece]:
-    """Build the pieces of the schedule that goes through some knots.
+    """Build the pieces of a weight schedule of S sources from its knots.
 
     Args:
-        knots: Number of tokens and weights [S] of each knot, in ascending order from token 0.
+        knots: Number of training tokens and weights [S] at each knot, in increasing order of tokens
+            from token 0.
         names: Names of the sources [S], for error messages.
-        kind: Whether weights are "constant" up to the next knot, or "linear" between knots; after
-            the last knot they are constant.
+        kind: Whether weights are "constant" up to the next knot, or "linear" between knots. After
+            the last knot, all weights are constant.
 
     Raises:
         DataError: A weight is not a number of 0 or more, the weights of a knot do not sum to 1, the
-            knots do not ascend from token 0, or a source has weight 0 at every knot.
+            knots are not in increasing order from token 0, or a source has weight 0 at every knot.
     """
     weights = [normalised(values, names, tokens) for tokens, values in knots]
     times = [tokens for tokens, _ in knots]
@@ -101,13 +102,13 @@ def schedule(
 def normalised(values: Sequence[float], names: Sequence[str], tokens: int) -> tuple[Fraction, ...]:
     """Convert the weights of a knot to exact fractions [S] that sum to 1.
 
-    Weights with up to nine decimals are kept exactly. Others are rounded to nine decimals, so that
-    schedules of many computed knots have one denominator. No weight above 0 becomes 0.
+    Weights with up to nine decimals are kept exactly. Other weights are rounded to nine decimals,
+    so that schedules of many computed knots have one denominator. No weight above 0 becomes 0.
 
     Args:
         values: Weights [S]; a float stands for the decimal number that it prints as.
         names: Names of the sources [S].
-        tokens: Number of tokens of the knot, for error messages.
+        tokens: Number of training tokens at the knot, for error messages.
 
     Raises:
         DataError: A weight is not a number of 0 or more, or the weights do not sum to 1.
@@ -142,9 +143,9 @@ def normalised(values: Sequence[float], names: Sequence[str], tokens: int) -> tu
 def without(pieces: Sequence[Piece], source: int, tokens: int) -> tuple[list[Piece], int | None]:
     """Change a schedule so that a source has weight 0 after some number of tokens.
 
-    From there on, the weights of the other sources are divided by their sum at the start and the
-    end of each piece, and are linear in between. A piece in which no other source has a weight
-    takes weights from the next piece in which another source has one.
+    From then on, the weights of the other sources are divided by their sum at the start and the
+    end of each piece, and are linear in between. A piece in which all other sources have weight 0
+    takes the weights of the next piece in which another source has a positive weight.
 
     Args:
         pieces: Pieces of the schedule.
@@ -152,8 +153,9 @@ def without(pieces: Sequence[Piece], source: int, tokens: int) -> tuple[list[Pie
         tokens: Number of tokens after which the source has weight 0.
 
     Returns:
-        Pieces of the new schedule, and the number of tokens after which no other source has a
-        weight, or None if that never happens. Weights after that number mean nothing.
+        Pieces of the new schedule, and the number of tokens after which all other sources have
+        weight 0, or None if that never happens. Weights after this number of tokens are
+        meaningless.
     """
     found: list[Piece] = []
     for number, piece in enumerate(pieces):
@@ -169,7 +171,7 @@ def without(pieces: Sequence[Piece], source: int, tokens: int) -> tuple[list[Pie
             first = last = next(filter(None, (_others(w, source) for w in knots)), None)
         if first is None and last is None:
             return [*found, Piece(start, None, piece.first, piece.first)], start
-        # At one end alone the source may be all there is: the others are there in the limit.
+        # If the source has all the weight at one end, the other end has the limit of the others.
         first, last = first or last, last or first
         assert first is not None and last is not None
         found.append(Piece(start, piece.stop, first, last))
@@ -184,10 +186,12 @@ def _others(weights: Sequence[Fraction], source: int) -> tuple[Fraction, ...] | 
 
 
 class Integral:
-    """Integral W(n) of a weight over the first n sequences, exact for every integer n.
+    """Exact integral W(n) of a source's weight over the first n training sequences.
+
+    W(n) is the number of sequences that the source should have among the first n sequences.
 
     Args:
-        starts: First integer n of each piece, ascending.
+        starts: First integer n of each piece, in increasing order.
         coefficients: Integers c0, c1, c2 of each piece, with scale·W(n) = c0 + c1·n + c2·n².
         scale: Common denominator of the coefficients.
     """
@@ -235,17 +239,22 @@ class Integral:
         return end if n is None else min(n, end)
 
     def last_growth(self) -> int:
-        """Find the integer n from which on the integral is constant; it must stop growing."""
+        """Find the integer n from which on W is constant; the last piece must have weight 0."""
         growing = [i for i, c in enumerate(self.coefficients) if c[1:] != (0, 0)]
         return self.starts[growing[-1] + 1]
 
 
 def integrals(pieces: Sequence[Piece], seq_len: int) -> list[Integral]:
-    """Compute the integral of each source's weight over sequences, one for each source [S].
+    """Compute the integral of the weight of each of S sources over the number of sequences.
+
+    `Assignment` keeps the number of sequences of each source near this integral.
 
     Args:
-        pieces: Pieces of the schedule.
-        seq_len: Number of tokens of a sequence.
+        pieces: Pieces of the weight schedule, whose ends are counted in tokens.
+        seq_len: Number of tokens of a sequence, which converts tokens to sequences.
+
+    Returns:
+        Integral W(n) of each source [S], as a function of the number of sequences n.
     """
     exact: list[list[tuple[Fraction, Fraction, Fraction]]] = []
     for source in range(len(pieces[0].first)):

@@ -1,7 +1,8 @@
-"""Render a prompt and its target with the same names of concepts, from one object.
+"""Prompts in which concepts get new names, such as actions or values of cards.
 
 Supervised tuning on one fixed prompt teaches a model to answer without reading its instruction
-(arXiv 2510.00237). Here names of actions or values of cards are sampled anew for each example.
+(arXiv 2510.00237). Here names are sampled anew for each example. One object renders a prompt and
+its target, so that both use the same names.
 """
 
 from __future__ import annotations
@@ -18,18 +19,18 @@ import numpy as np
 ANSWERS, GLOSS = "answers", "gloss"
 """Slots that every template may use: the list of names, and the sentence that explains them."""
 
-_MAP, _PARAPHRASE, _DISTINCT = range(3)  # streams of randomness, apart from each other
+_MAP, _PARAPHRASE, _DISTINCT = range(3)  # independent streams of random numbers
 
 
 @dataclasses.dataclass(frozen=True)
 class SemanticMap:
-    """Names of concepts, such as those of actions or the values of cards.
+    """Names that a prompt gives to concepts, such as to actions or to the values of cards.
 
     Attributes:
         name: Name of the map, for records and error messages.
-        names: Name of each concept, in the order in which prompts list them.
-        gloss: Whether prompts say which concept each name stands for, which self-explanatory names
-            do not need.
+        names: Mapping from concept to name, in the order in which prompts list the names.
+        gloss: Whether prompts explain which concept each name stands for; self-explanatory names
+            need no explanation.
     """
 
     name: str
@@ -48,7 +49,7 @@ class SemanticMap:
 
 @dataclasses.dataclass(frozen=True)
 class RenderedPrompt:
-    """A prompt and the map that it was rendered with, which also gives the target its names.
+    """A prompt with the map that it was rendered with; the same map gives the target its names.
 
     Attributes:
         text: Text of the prompt.
@@ -75,13 +76,13 @@ class RenderedPrompt:
 class PromptTemplate:
     """Template of a prompt: wordings of the same meaning with slots such as `{board}` or `{Up}`.
 
-    Besides concepts and values a wording may have the slots `{answers}`, the names in order, and
-    `{gloss}`, a sentence that explains the names. A literal brace is written twice.
+    Besides slots for concepts and values, a wording may have the slots `{answers}`, the names in
+    order, and `{gloss}`, a sentence that explains the names. A literal brace is written twice.
 
     Attributes:
         name: Name of the template.
-        wordings: Texts of the same meaning, the paraphrases; the first is the usual one.
-        concepts: Concepts that a map has to name; each is a slot.
+        wordings: Paraphrases: texts of the same meaning, of which the first is the default.
+        concepts: Concepts that a map has to name; each concept is a slot.
         values: Names of the slots that the task fills, such as a board.
 
     Raises:
@@ -115,7 +116,7 @@ class PromptTemplate:
         Args:
             shown: Map whose names the prompt shows.
             paraphrase: Index of the wording.
-            values: Text of each slot that the task fills.
+            values: Text for each slot of `PromptTemplate.values`, by the name of the slot.
 
         Raises:
             ValueError: The map lacks the name of a concept, a value is missing, or there is no
@@ -149,21 +150,21 @@ TEMPLATES: dict[str, PromptTemplate] = {}
 
 @dataclasses.dataclass(frozen=True)
 class MapSampler:
-    """Sampler of the map of each example: a pure function of seed, epoch and index.
+    """Sampler of a semantic map for each example: a pure function of seed, epoch and index.
 
-    Nothing is stored between samples, so that a run that resumes, or reads its examples in another
+    Nothing is stored between samples, so a resumed run, or a run that reads the examples in another
     order, sees the same prompts.
 
     Attributes:
         concepts: Concepts that a map names.
-        words: Pool of names; a map gives a different word to each concept.
-        maps: Complete maps to choose from, instead of words.
+        words: Pool of names, from which a map gives a different word to each concept.
+        maps: Complete maps to choose from, instead of `words`.
         distinct: Number of different maps in all training examples (K); None samples a new map for
             each example, or chooses from all of `maps`.
         resample: Whether an example gets a new map in each epoch; False keeps the map of epoch 0.
-        held_out: Number of words, or of maps, that training never sees. Of `words` a hash decides,
-            whatever the seed; of `maps` the last ones are held out.
-        paraphrases: Number of wordings, which are sampled independently of maps.
+        held_out: Number of words, or of maps, that training never sees. A hash, which does not
+            depend on the seed, chooses the held-out words; the last maps of `maps` are held out.
+        paraphrases: Number of wordings, from which an index is sampled independently of the map.
         seed: Seed of all samples.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Label fractions of a mixture, and the weights of sources that come nearest to wanted fractions.
+"""Label fractions of a mixture, and the mixture weights that come nearest to wanted fractions.
 
 The matrix C (sources x labels) holds the fraction of each source's segments that have each label;
 a segment may have several labels. A mixture with weights w has the label fractions w·C.
@@ -14,19 +14,19 @@ import numpy as np
 from train.data.config import DataError
 
 Matrix = Mapping[str, Mapping[str, float]]
-"""Fraction of a source's segments that have a label, from 0 to 1, by source and then by label."""
+"""Mapping from source, then label, to the fraction (0 to 1) of segments that have the label."""
 
 _PRECISION = 1e4
-"""Factor of the distance from the targets, where that from the preferred weights has factor 1."""
+"""Factor on the residuals of the wanted fractions; residuals of the preferred weights have 1."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Solution:
-    """Weights that come nearest to wanted label fractions.
+    """Mixture weights that come nearest to wanted label fractions.
 
     Attributes:
-        weights: Weight of each source; all weights sum to 1.
-        shares: Fraction of each label in the mixture with these weights.
+        weights: Mapping from source name to mixture weight; all weights sum to 1.
+        shares: Mapping from label to its fraction in the mixture with these weights.
         distance: Maximum difference between the wanted and the reached fraction of a label.
     """
 
@@ -39,11 +39,11 @@ def label_shares(weights: Mapping[str, float], matrix: Matrix) -> dict[str, floa
     """Compute the fraction of each label in a mixture, w·C.
 
     Args:
-        weights: Weight of each source by its name.
+        weights: Mapping from source name to mixture weight.
         matrix: Label fractions of each source.
 
     Returns:
-        Fraction of each label by its name.
+        Mapping from label to its fraction.
     """
     labels = dict.fromkeys(label for shares in matrix.values() for label in shares)
     return {
@@ -55,7 +55,7 @@ def label_shares(weights: Mapping[str, float], matrix: Matrix) -> dict[str, floa
 def solve_weights(
     matrix: Matrix, wanted: Mapping[str, float], near: Mapping[str, float] | None = None
 ) -> Solution:
-    """Find the weights of sources for wanted label fractions: min ‖w·C - t‖ over the simplex.
+    """Find the mixture weights for wanted label fractions: min ‖w·C - t‖ over the simplex.
 
     If many weights reach the targets equally well, those nearest to the preferred weights are
     chosen. On the simplex w·C - t = w·(C - 1·t), so that the sum constraint only fixes the length
@@ -63,8 +63,9 @@ def solve_weights(
 
     Args:
         matrix: Label fractions of each source.
-        wanted: Wanted fraction t of some labels, from 0 to 1, by label.
-        near: Preferred weight of each source, 0 for sources left out; None prefers equal weights.
+        wanted: Mapping from label to its wanted fraction t, from 0 to 1; labels may be left out.
+        near: Mapping from source name to its preferred weight, 0 for a source that is left out;
+            None prefers equal weights.
 
     Raises:
         DataError: No fraction is wanted, a wanted fraction is not from 0 to 1 or its label is
@@ -90,10 +91,10 @@ def solve_weights(
 
 
 def check_wanted(wanted: Mapping[str, float], labels: Iterable[str]) -> None:
-    """Raise a `DataError` if no fraction is wanted, or one is out of range or of an unknown label.
+    """Raise a `DataError` if no fraction is wanted, or a fraction or its label is invalid.
 
     Args:
-        wanted: Wanted fraction of each label.
+        wanted: Mapping from label to its wanted fraction.
         labels: Names of the known labels.
     """
     known = dict.fromkeys(labels)
@@ -109,17 +110,17 @@ def check_wanted(wanted: Mapping[str, float], labels: Iterable[str]) -> None:
 def with_share(
     weights: Mapping[str, float], category: Sequence[str], share: float
 ) -> dict[str, float]:
-    """Scale weights so that a category of sources gets a given fraction of the total.
+    """Scale mixture weights so that a category of sources gets a given fraction of the total.
 
     Inside and outside of the category, the weights keep their proportions.
 
     Args:
-        weights: Weight of each source by its name.
+        weights: Mapping from source name to mixture weight.
         category: Names of the sources of the category.
         share: Fraction of the category, from 0 to 1.
 
     Returns:
-        New weight of each source by its name; all weights sum to 1.
+        Mapping from source name to its new weight; all weights sum to 1.
 
     Raises:
         DataError: A source is unknown, the fraction is not from 0 to 1, or the sources that should

@@ -1,4 +1,4 @@
-"""Sources of text by their names, with options, as written in `--data.corpus`."""
+"""Registry of text sources, and the parser of the text in `--data.corpus` that names a source."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Files:
 
     Attributes:
         path: Folder of files, or one file.
-        field: Name of the field of records that holds the text.
+        field: Name of the record field that holds the text.
         suffixes: Suffixes of the files to read in a folder, separated by spaces; "" reads records
             if the folder has any, else text (`text_files.find_text_files`).
         encoding: Encoding of files without a byte order mark.
@@ -77,7 +77,7 @@ class Tfds:
 
 
 SOURCES: dict[str, type[Any]] = {"stdlib": StandardLibrary, "files": Files, "tfds": Tfds}
-"""Sources by their names on the command line; a module that `--plugin` names may add its own."""
+"""Mapping from a source's name on the command line to its class; a `--plugin` may add sources."""
 
 
 def source_from_text(text: str) -> Source:

@@ -45,7 +45,7 @@ def held_out(document: bytes, share: float) -> bool:
 
 
 def split_of(document: str, share: float) -> Literal["train", "validation"]:
-    """Split of a document by its text; `share` is the fraction of documents that is held out."""
+    """Choose the split of a document; `share` is the fraction of documents that is held out."""
     return "validation" if held_out(document_digest(document), share) else "train"
 
 

@@ -15,8 +15,9 @@ from train.data.config import DataError
 def build_once(folder: Path, build: Callable[[Path], None]) -> bool:
     """Make a folder atomically, unless it exists.
 
-    The folder is filled under a temporary name beside its own and then renamed. A second process
-    that needs the same folder waits for the first one. Remains of a killed process are removed.
+    The folder is filled under a temporary name next to its final path and then renamed. A second
+    process that needs the same folder waits for the first process. Files that a killed process
+    left are removed.
 
     Args:
         folder: Folder to make.
@@ -55,7 +56,7 @@ def build_once(folder: Path, build: Callable[[Path], None]) -> bool:
 
 @contextlib.contextmanager
 def record_writer(path: Path) -> Iterator[Callable[[bytes], None]]:
-    """Context that opens a new ArrayRecord file, whose records can be read in any order.
+    """Context manager that opens a new ArrayRecord file, which has random access to its records.
 
     Yields:
         Function that appends a record to the file.

@@ -12,18 +12,18 @@ from train.data.prepared import stored_rows
 def stored_split(
     config: DataConfig, fingerprint: str, sources: Mapping[str, str], split: Split
 ) -> PackedRows | None:
-    """Open the rows of a split that were packed earlier, even if their text has changed.
+    """Open the rows of a split that were packed earlier, even if their corpus has changed.
 
     Args:
         config: Corpus or mixture, row length and cache.
         fingerprint: Fingerprint of the data of a corpus (`PackedData.fingerprint`), which a mixture
             does not use.
-        sources: Fingerprint of each source of a mixture by its name (`PackedData.sources`), which a
-            single corpus does not use.
+        sources: Mapping from the name of each source of a mixture to the fingerprint of its rows
+            (`PackedData.sources`), which a single corpus does not use.
         split: Split of the rows.
 
     Returns:
-        Rows of the corpus, or of all sources of the mixture; None if the cache lacks some of them.
+        Rows of the corpus, or of all sources of the mixture; None if the cache lacks some rows.
 
     Raises:
         DataError: The rows are damaged, or the text of the mixture has a mistake.

@@ -14,7 +14,7 @@ from typing import IO, Any
 from train.data.config import DataError
 
 CHUNK = 1 << 20
-"""Number of bytes that are read at once."""
+"""Number of bytes that are read at a time."""
 
 LONGEST_LINE = 1 << 28
 """Maximum number of characters in a line. Files with longer lines are refused, because one line is
@@ -37,7 +37,7 @@ PACKERS: dict[str, Callable[[Path], Any]] = {
     ".xz": lzma.open,
     ".zst": _open_zstd,
 }
-"""Function that opens a compressed file, by the suffix of the file's name."""
+"""Mapping from the suffix of a compressed file's name to the function that opens the file."""
 
 # The mark of UTF-32 begins with that of UTF-16.
 _MARKS = (

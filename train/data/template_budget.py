@@ -22,13 +22,13 @@ PER_CHARACTER = 16
 COPIED = 128
 """Number of bytes of text that `+` and `~` copy for one step."""
 GATHERINGS = 4
-"""Number of copies of the whole conversation that each message may make at one step per copy, since
-a loop that builds up a text copies all of it for each message."""
+"""Number of copies of the whole conversation, for each message, that cost only one step per copy. A
+loop that builds up a text copies the whole text at each message."""
 KEPT = 2**26
-"""Number of bytes of copied text after which copies that are no longer used are discounted. If more
-than half of it is still in use, the template fails; long conversations may use more."""
-BITS = 256  # of an integer
-WIDTH = 10_000  # of a padded text, and of what else a filter takes a number for
+"""Number of bytes of copied texts above which the texts that are still in use are counted. If these
+texts exceed half of the limit, the template fails. Long conversations have a higher limit."""
+BITS = 256  # maximum size of an integer
+WIDTH = 10_000  # maximum width of a padded text, and maximum number that a filter takes
 SECONDS = 20.0  # of CPU time
 
 _PARENTHESIS = re.compile(r"[()]")
@@ -40,9 +40,16 @@ class TemplateLimitError(Exception):
 
 
 class Budget:
+    """Steps of work and bytes of copied text that a template may still use.
+
+    Args:
+        variables: Mapping from name to plain value that the template gets.
+        characters: Number of characters of these values as JSON.
+    """
+
     def __init__(self, variables: Mapping[str, Any], characters: int):
         self.total = self.left = BASE + PER_CHARACTER * characters
-        # A loop that gathers its text copies all before for each message: bytes of such copies.
+        # A loop that builds up a text copies it at each message: bytes left for such copies.
         self._longest = GATHERINGS * characters
         self._gathered = self._longest * len(variables.get("messages") or ())
         self._copies: dict[int, str] = {}
@@ -53,7 +60,7 @@ class Budget:
         self._until, self._charges = time.thread_time() + SECONDS, 0
 
     def _measure(self, value: Any) -> int:
-        """Compute the size of an input, a tree, and keep the sizes of its objects and lists."""
+        """Compute the size of an input, and store the sizes of its objects and lists in `known`."""
         if not isinstance(value, dict | list):
             return self.size(value)
         inner = [*value, *value.values()] if isinstance(value, dict) else value
@@ -69,7 +76,7 @@ class Budget:
             raise TemplateLimitError(f"{why} takes more than the {SECONDS:.0f} s it may take")
 
     def copy(self, size: int, why: str) -> None:
-        """Charge for copying a text of `size` bytes: one step while `GATHERINGS` allows it."""
+        """Charge for copying a text of `size` bytes: one step as long as `GATHERINGS` allows it."""
         gathered = size <= min(self._longest, self._gathered)
         self._gathered -= size * gathered
         self.charge(1 if gathered else 1 + size // COPIED, why)
@@ -93,7 +100,7 @@ class Budget:
         self._copies[id(text)] = text
 
     def size(self, value: Any) -> int:
-        """Count the steps to print, compare or hash a value; stops above the steps left."""
+        """Count the steps to print, compare or hash a value, at most until they exceed `left`."""
         if isinstance(value, str):
             return 1 + len(value) // 8
         found, stack = 0, [value]
@@ -119,7 +126,7 @@ class Budget:
 
 
 def _shared(texts: list[str]) -> dict[int, str]:
-    """Texts that are referenced from elsewhere too, by their `id()`."""
+    """Map `id()` to text for the texts that are also referenced from elsewhere."""
     texts.append("".join(("al", "one")))
     counts = [sys.getrefcount(text) for text in texts]
     # A copy that is still in the budget's own dictionary has one reference more than the last text.
@@ -136,7 +143,7 @@ def top(value: Any) -> int:
 
 
 def _is_view(value: Any) -> bool:
-    """Whether it is `keys()`, `values()` or `items()` of an object."""
+    """Whether a value is the `keys()`, `values()` or `items()` of a mapping."""
     return hasattr(type(value), "mapping")
 
 
@@ -145,10 +152,10 @@ _budget: contextvars.ContextVar[Budget] = contextvars.ContextVar("budget")
 
 @contextlib.contextmanager
 def limited(variables: Mapping[str, Any], characters: int) -> Iterator[None]:
-    """Context with a new budget for the templates that are compiled and rendered inside.
+    """Context manager with a new budget for the templates that are compiled and rendered inside.
 
     Args:
-        variables: Plain values that the template gets, by name.
+        variables: Mapping from name to plain value that the template gets.
         characters: Number of characters of these values as JSON.
     """
     token = _budget.set(Budget(variables, characters))
@@ -163,7 +170,7 @@ def budget() -> Budget:
 
 
 def make(characters: int, why: str) -> None:
-    """Charge the budget for a text of some number of characters, before it is made."""
+    """Charge the budget for a text of `characters` characters, before the text is made."""
     budget().charge(characters // 8, f"{why}, a text of {characters:,} characters,")
 
 

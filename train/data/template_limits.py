@@ -1,6 +1,6 @@
-"""Sandbox of chat templates: no access to Python's internals, and limits of work and memory.
+"""Sandbox of chat templates: no access to Python's internals, and limits on work and memory.
 
-A template comes with weights, so anybody may have written it. Jinja's sandbox only blocks Python's
+A template comes with a model, so anybody may have written it. Jinja's sandbox only blocks Python's
 internals: it would still run `'%999999999d' % 1`, which takes 7 GB, and `9**(9**9)`, which never
 ends. Here each loop, call, filter, operator and output uses up a budget that grows with the
 conversation (`template_budget`), and large results are measured before they are made. The limits
@@ -41,15 +41,15 @@ LONGEST_TEMPLATE = 200_000
 
 UNSAFE = {"translate", "maketrans", "expandtabs", "encode", "to_bytes", "from_bytes", "mapping"}
 _PADS = {"center", "ljust", "rjust", "zfill"}
-# They may go through their argument once for each character of the text.
+# Methods that may go through their argument once for each character of the text.
 _SEARCHES = {"strip", "lstrip", "rstrip", "trim", "rfind", "rindex", "rsplit", "rpartition"}
-# Filters that look at the top of a value alone, not at what it holds.
+# Filters that look only at the top level of a value, not at nested values.
 _SHALLOW = {
     "length", "count", "first", "last", "list", "map", "select", "selectattr", "reject",
     "rejectattr", "reverse", "items", "default", "d", "attr", "batch", "slice",
 }  # fmt: skip
 _SIZED = {"center", "indent", "batch", "slice", "truncate", "round"}
-_GONE = {"wordwrap", "urlize", "pprint"}  # of web pages, and one that reads each level again
+_GONE = {"wordwrap", "urlize", "pprint"}  # for web pages, or repeats work at each level
 _COMPARING = {
     "eq", "equalto", "==", "ne", "!=", "lt", "lessthan", "<", "le", "<=", "gt", "greaterthan", ">",
     "ge", ">=", "in", "lower", "upper", "filter", "test", "odd", "even", "divisibleby",
@@ -58,19 +58,19 @@ _DIVIDING = {"odd", "even", "divisibleby"}  # by %, which formats a text
 
 
 def tick(steps: int) -> None:
-    """Charge the budget for a turn of a loop or a call of a macro."""
+    """Charge the budget for one iteration of a loop or one call of a macro."""
     budget().charge(steps, "a loop")
 
 
 def seen(value: Any) -> Any:
-    """Charge the budget for a value that is compared or looked up; returns the value."""
+    """Charge the budget for a value that is compared or looked up, and return the value."""
     spent = budget()
     spent.charge(spent.size(value), "a comparison")
     return value
 
 
 def walked(value: Any) -> Any:
-    """Charge the budget for the items of a loop, also those that a condition skips.
+    """Charge the budget for the items of a loop, including items that a condition skips.
 
     Returns:
         The value, unchanged.
@@ -115,7 +115,7 @@ def _kept(text: str, why: str) -> str:
 
 
 def _check_numbers(operator: str, left: int, right: int) -> None:
-    """Refuse an integer of too many bits before it is made."""
+    """Refuse an operation whose integer result would have too many bits."""
     one, other = left.bit_length(), right.bit_length()
     bits = {"**": one * abs(right), "*": one + other}.get(operator, max(one, other))
     check_bits(bits, f"{shown(left)}{operator}{shown(right)}")
@@ -189,7 +189,7 @@ def _call(name: str, *args: Any) -> nodes.Call:
 
 
 class _Generation(jinja2.ext.Extension):
-    """`{% generation %}` around answers: a mark for training that renders as its content."""
+    """Tag `{% generation %}` around answers, a training mark; only its content is rendered."""
 
     tags: ClassVar[set[str]] = {"generation"}
 
@@ -304,7 +304,7 @@ def _measure_search(text: str, options: Iterable[Any], why: str) -> None:
 
 
 def _measured_filter(name: str, made: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap a filter so that it charges the budget, for large results before they are made."""
+    """Wrap a filter so that it charges the budget, before a large result is made."""
     passed = hasattr(made, "jinja_pass_arg")  # a context, or the like, comes first
 
     @functools.wraps(made)

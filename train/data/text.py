@@ -8,8 +8,9 @@ from collections.abc import Iterable, Iterator
 from train.data.streams import unpacked_name
 
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py")
-"""Suffixes of the text files that are read in a folder, also compressed. HTML is left out: it often
-lies beside the text that it was made from, and one could be trained on, the other held out."""
+"""Suffixes of the text files that are read in a folder, plain or compressed. HTML is left out: an
+HTML file often lies beside the text that it was made from, and one copy could be trained on and the
+other copy held out."""
 
 SECTION = 8192
 """Number of characters after which a single file is split at the next blank line."""
@@ -32,8 +33,8 @@ def sections(chunks: Iterable[str], size: int = SECTION) -> Iterator[str]:
 
     A section ends at the first blank line between `size` and 2·`size` characters. Without one it
     ends at the next line end after `size` characters, or after `WHOLE` characters (at least
-    2·`size`) if there is no line end. The last section may be shorter. Joined, the sections are the
-    text.
+    2·`size`) if there is no line end. The last section may be shorter. The concatenation of all
+    sections is the text.
 
     Args:
         chunks: Pieces of the text, in order.
@@ -42,7 +43,7 @@ def sections(chunks: Iterable[str], size: int = SECTION) -> Iterator[str]:
     text, start = "", 0
     for chunk in chunks:
         text, start = text[start:] + chunk, 0
-        # Until more is read, a blank line might follow that lies behind the end of the chunk.
+        # A section of up to 2·size characters may still find a blank line in the next chunk.
         while len(text) - start > 2 * size and (end := _cut(text, start, size)):
             yield text[start:end]
             start = end
@@ -54,7 +55,7 @@ def sections(chunks: Iterable[str], size: int = SECTION) -> Iterator[str]:
 
 
 def _cut(text: str, start: int, size: int) -> int | None:
-    """Index behind the section that begins at `start`; None where it has no end yet."""
+    """Index of the end of the section that begins at `start`; None if it has no end yet."""
     longest = start + max(WHOLE, 2 * size)
     found = _BLANK.search(text, start + size, start + 2 * size)
     found = found or _END.search(text, start + size, longest)

@@ -1,4 +1,4 @@
-"""Find the files of a corpus: those of Python's standard library, of a folder, or a single file."""
+"""Find the text files of a corpus: Python's standard library, a folder, or a single file."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ class TextFiles:
         name: Name of the corpus in messages.
         root: Folder of the files.
         files: Paths of the files relative to `root`, sorted.
-        lone: Whether the corpus is a single file; if it is text, it is split into sections.
+        lone: Whether the corpus is a single file; a single text file is split into sections.
         held_out: Files among `files` that are the corpus's own held-out split; empty if it has
             none.
-        field: Name of the field of records that holds the text.
+        field: Name of the record field that holds the text.
         encoding: Encoding of files without a byte order mark.
-        passed_over: Number of files of the folder that are not read, by the reason.
+        passed_over: Mapping from reason to the number of files that are skipped for this reason.
     """
 
     name: str
@@ -55,11 +55,11 @@ class TextFiles:
 
     @property
     def note(self) -> str:
-        """Message for people: how many files are read, and how many are skipped and why."""
+        """Message for the user: how many files are read, and how many are skipped and why."""
         return files_note(len(self.files), self.passed_over)
 
     def fingerprint(self) -> str:
-        """Hash of the files' names and bytes, and of how they are read.
+        """Compute a hash of the files' names and contents, and of the options of reading.
 
         Raises:
             DataError: A file cannot be read.
@@ -97,11 +97,11 @@ class TextFiles:
 
 
 def files_note(count: int, passed_over: Mapping[str, int]) -> str:
-    """Write for people how many files of a folder are read, and how many are skipped and why.
+    """Format for the user how many files of a folder are read, and how many are skipped and why.
 
     Args:
         count: Number of files that are read.
-        passed_over: Number of files that are not read, by the reason.
+        passed_over: Mapping from reason to the number of files that are skipped for this reason.
     """
     read = f"{count:,} file{'s' * (count != 1)} read"
     if not passed_over:
@@ -137,12 +137,12 @@ def find_text_files(
 
     A folder that holds records (JSON Lines, Parquet, Arrow) is a data set: only the records are
     read, because text beside them (README.md) describes them. In another folder, files with a
-    suffix of `text.TEXT_SUFFIXES` are read. Files are found at any depth and behind links; hidden
+    suffix of `text.TEXT_SUFFIXES` are read. Files are found at any depth and through links; hidden
     files and folders are left out. A single file is read whatever its suffix is.
 
     Args:
         path: Path of a folder or a file.
-        field: Name of the field of records that holds the text.
+        field: Name of the record field that holds the text.
         suffixes: Suffixes of the files to read in a folder, separated by spaces, such as
             ".txt .jsonl"; "" chooses as described above.
         encoding: Encoding of files without a byte order mark.
@@ -186,12 +186,12 @@ def _check_encoding(encoding: str) -> None:
 
 
 def _chooser(found: list[str], suffixes: str) -> tuple[Callable[[str], bool], Callable[[str], str]]:
-    """Return two functions of a file: whether it is read, and the reason if it is not."""
+    """Return two functions of a file: whether the file is read, and the reason to skip it."""
     if suffixes:
         chosen = tuple(suffixes.lower().split())
         named = lambda file: file.lower().endswith(chosen)  # noqa: E731
         return lambda file: named(file) or named(unpacked_name(file)), suffix_of
-    # A bare .json is mostly about data (dataset_info.json); of data (C4's) it is packed.
+    # A plain .json mostly describes data (dataset_info.json); .json data (C4) are compressed.
     records = lambda file: is_records(file) and not file.lower().endswith(".json")  # noqa: E731
     if any(map(records, found)):
         return records, lambda file: suffix_of(file) + " beside records" * is_text(file)
@@ -199,9 +199,10 @@ def _chooser(found: list[str], suffixes: str) -> tuple[Callable[[str], bool], Ca
 
 
 def _own_splits(files: list[str], passed: Counter[str]) -> tuple[list[str], frozenset[str]]:
-    """Files to read, and those of them that a data set's own split holds out.
+    """Return the files to read, and the files among them in the data set's own held-out split.
 
-    The validation split is held out, else the test split; the other one is not read.
+    The validation split is held out, or without one the test split. With both, the test split is
+    not read.
     """
     of = {file: _split_name(file) if is_records(file) else None for file in files}
     if "train" not in of.values():
@@ -214,7 +215,7 @@ def _own_splits(files: list[str], passed: Counter[str]) -> tuple[list[str], froz
 
 
 def _split_name(file: str) -> str | None:
-    """Split that a path names, as in data/train-00000-of-00002.parquet or test/part.jsonl."""
+    """Split that a path names, such as data/train-00000-of-00002.parquet or test/part.jsonl."""
     words = re.split(r"[^a-z]+", file.lower())
     for word in reversed(words):  # the file's own name says more than its folder's
         for split, names in _SPLITS.items():
@@ -226,11 +227,11 @@ def _split_name(file: str) -> str | None:
 def walk_files(
     root: Path, passed: Counter[str], excluded: frozenset[str] = frozenset()
 ) -> list[str]:
-    """List the files of a folder at any depth, also behind links; hidden files are left out.
+    """List the files of a folder at any depth, also through links; hidden files are left out.
 
     Args:
         root: Folder to search.
-        passed: Counts of skipped files and folders by the reason; this function adds to them.
+        passed: Mapping from reason to the number of skipped files and folders, which is updated.
         excluded: Names of folders that are skipped and not counted.
 
     Returns:

@@ -30,7 +30,7 @@ class TfdsCorpus:
     Args:
         spec: Name of the data set, as tfds:NAME[/CONFIG][:VERSION].
         validation: Fraction of the documents to hold out, if the data set has neither split.
-        cache: Folder in whose subfolder `tfds` the data set is looked for first.
+        cache: Cache folder, whose subfolder `tfds` is searched first for the data set.
 
     Raises:
         DataError: The data set is unknown, not on disk, needs TensorFlow, or has no text field.
@@ -122,7 +122,7 @@ def _text_field(spec: str, features) -> str:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Context in which TFDS neither prints to stdout nor draws progress bars."""
+    """Context manager that keeps TFDS from printing to stdout and drawing progress bars."""
     import tensorflow_datasets as tfds
 
     tfds.display_progress_bar(False)

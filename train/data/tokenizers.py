@@ -43,7 +43,7 @@ class Tokenizer(Protocol):
 
     @property
     def fingerprint(self) -> str:
-        """Hash that is equal for tokenizers that encode alike."""
+        """Hash of the tokenizer; tokenizers with the same hash encode every text alike."""
         ...
 
     @property
@@ -53,15 +53,15 @@ class Tokenizer(Protocol):
 
     @property
     def separator(self) -> int:
-        """Token id before every document; generation without a prompt starts from it."""
+        """Id of the token before every document, which also starts generation without a prompt."""
         ...
 
     def encode(self, text: str) -> tuple[np.ndarray, np.ndarray]:
         """Encode a text as token ids, without special tokens.
 
         Returns:
-            Ids [n], int32, and the number of UTF-8 bytes that each stands for [n], int32. The bytes
-            sum to the length of the text in bytes, unless n is 0.
+            Token ids [n], int32, and the number of UTF-8 bytes that each token stands for [n],
+            int32. These numbers sum to the length of the text in bytes, unless n is 0.
         """
         ...
 
@@ -78,7 +78,7 @@ class Tokenizer(Protocol):
         ...
 
     def to_pretrained(self) -> PretrainedTokenizer:
-        """Convert to a tokenizer with the same ids that puts the separator before a prompt."""
+        """Convert to a tokenizer that has the same ids and puts the separator before a prompt."""
         ...
 
 
@@ -210,7 +210,7 @@ def pretrained_json(tokenizer: PretrainedTokenizer, options: Mapping[str, Any]) 
 
     Args:
         tokenizer: Tokenizer of a pretrained model.
-        options: Arguments of `PretrainedTokenizer` besides the tokenizer.json, by name.
+        options: Keyword arguments of `PretrainedTokenizer`, without the tokenizer.json.
     """
     stored = {"type": _PRETRAINED, "tokenizer": tokenizer.to_json(), "options": dict(options)}
     return json.dumps(stored)

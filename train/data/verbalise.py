@@ -1,4 +1,4 @@
-"""Write solutions as responses, with answer, thoughts or both, and read answers from responses."""
+"""Write solutions as responses, with answer, reasoning or both, and extract answers from them."""
 
 from __future__ import annotations
 
@@ -29,8 +29,9 @@ def verbalise(trace: Trace, form: Form) -> str:
 
     Args:
         trace: Solution of the example.
-        form: Parts of the response: "answer" is the answer after an empty thought; "thoughts" is
-            the reasoning alone, whose last word is the answer; "both" is reasoning and answer.
+        form: Parts of the response: "answer" is the answer after an empty thinking block;
+            "thoughts" is the reasoning alone, whose last word is the answer; "both" is reasoning
+            and answer.
 
     Raises:
         ValueError: The form is unknown.
@@ -46,10 +47,10 @@ def verbalise(trace: Trace, form: Form) -> str:
 def answer_in(response: str) -> str:
     """Extract the answer from a response in any form, without white space around it.
 
-    The answer is the content of the last `<answer>` tags. Without tags it is the first line after
-    the thoughts, or, if nothing follows the thoughts, their last word. If a JSON object begins in
-    the tags or after the thoughts, possibly in a Markdown code fence, the answer is the whole
-    object, of any number of lines.
+    The answer is the content of the last `<answer>` tags. Without tags, the answer is the first
+    line after the thinking block, or the block's last word if nothing follows the block. If a JSON
+    object begins in the tags or after the block, possibly in a Markdown code fence, the answer is
+    the whole object, of any number of lines.
 
     Args:
         response: Text of a response; any text is allowed.

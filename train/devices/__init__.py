@@ -1,1 +1,1 @@
-"""Meshes, processes, attention kernels, and what is known of chips."""
+"""Device meshes, connected processes, attention kernels, and specifications of chips."""

@@ -1,4 +1,4 @@
-"""Choose the attention that the devices of a mesh run, and split it over them."""
+"""Choose the attention implementation for a mesh, and shard attention over the mesh."""
 
 from typing import Literal, get_args
 
@@ -16,7 +16,7 @@ PLATFORMS = {"splash": "tpu", "cudnn": "gpu"}
 
 
 def resolve(config: ArchitectureConfig, mesh: Mesh, attention: Attention) -> Attention:
-    """Choose the attention of a model on a mesh, with `"auto"` replaced.
+    """Choose the attention implementation of a model on a mesh, with `"auto"` resolved.
 
     Args:
         config: Config of the decoder.
@@ -56,7 +56,7 @@ def resolve(config: ArchitectureConfig, mesh: Mesh, attention: Attention) -> Att
 
 
 def attention_on(mesh: Mesh, attention: Attention) -> Attend:
-    """Return the function of an attention from `resolve`, for arrays sharded over the mesh."""
+    """Return the attention function with a name from `resolve`, for arrays sharded over a mesh."""
     if attention == "xla":
         return attend
     return on_mesh({"splash": attend_splash, "cudnn": attend_cudnn}[attention], mesh)
@@ -66,8 +66,8 @@ def on_mesh(kernel: Attend, mesh: Mesh) -> Attend:
     """Wrap a kernel that XLA can't partition, so that each device runs it on its rows and heads.
 
     Rows are split over `data` and `fsdp`, and heads of queries and keys over `tensor`, in the same
-    way as residuals and parameters, so that nothing moves between devices. Only the gradient of the
-    bias, to which all heads contribute, is summed over `tensor`.
+    way as residuals and parameters, so that no array moves between devices. Only the gradient of
+    the bias, to which all heads contribute, is summed over `tensor`.
     """
     if mesh.size == 1:
         return kernel

@@ -1,4 +1,4 @@
-"""Connect the processes of a run, and let them agree on values and errors, and end together."""
+"""Connect the processes of a run, synchronise their values and errors, and end them together."""
 
 import contextlib
 import dataclasses
@@ -30,13 +30,14 @@ class DistributedConfig:
     """How the processes of a run connect; by default there is one process.
 
     Attributes:
-        coordinator: Address host:port at which all processes reach process 0; None for one process.
+        coordinator: Address host:port of process 0, to which all processes connect; None for a
+            single process, or with auto.
         num_processes: Number of processes of the run.
         process_id: Number of this process, from 0.
-        auto: Whether jax finds the three options above by itself, as it can in SLURM, Open MPI,
-            Kubernetes and on Cloud TPU.
-        timeout: Seconds to wait for all processes at the start.
-        heartbeat: Seconds of silence after which a process counts as dead.
+        auto: Whether jax detects coordinator, num_processes and process_id by itself, as it can in
+            SLURM, Open MPI, Kubernetes and on Cloud TPU.
+        timeout: Seconds to wait until all processes are connected at the start.
+        heartbeat: Seconds without a heartbeat after which a process counts as dead.
     """
 
     coordinator: str | None = None
@@ -73,14 +74,14 @@ class DistributedConfig:
 
 @contextlib.contextmanager
 def distributed_context(config: DistributedConfig) -> Iterator[None]:
-    """Context that connects this process with the other processes of a run.
+    """Context manager that connects this process with the other processes of a run.
 
-    With the default config it does nothing. It must be entered before the first use of a device. An
+    With the default config the context does nothing. Enter it before the first use of a device. An
     exception in the block ends the process within seconds, because jax's own shutdown would wait
     for the other processes, which may be waiting for this one. A `ValueError`, `OSError` or
     `RunFailed` prints one line, any other `Exception` also its traceback; the exit status is 2 for
     a `ValueError` or `OSError` and 1 for any other `Exception`. A process that has waited
-    `config.timeout` seconds for the others at the start ends with one line and status 2.
+    `config.timeout` seconds for other processes at the start ends with one line and status 2.
 
     Args:
         config: Address of the coordinator and number of the processes.
@@ -192,10 +193,10 @@ def _first_line(error: BaseException) -> str:
 
 
 class _LastWords:
-    """A line that is printed on stderr when this process ends, unless it is withdrawn before.
+    """A line that is printed on stderr when this process ends, unless the line is withdrawn before.
 
-    jax ends a process whose peers are gone by an abort in C++, after which no Python runs. So a
-    small process waits at a pipe for the end of this one.
+    When other processes are lost, jax aborts this process in C++, after which no Python code runs.
+    So a small watcher process waits at a pipe for the end of this process, and prints the line.
     """
 
     _WATCH = """
@@ -210,7 +211,7 @@ if any(lines[-1:]):
     _watcher: subprocess.Popen[str] | None = None
 
     def set(self, line: str) -> None:
-        """Set the line; it replaces an earlier one."""
+        """Set the line, which replaces an earlier line."""
         if self._watcher is None:
             command = [sys.executable, "-I", "-S", "-c", self._WATCH]
             self._watcher = subprocess.Popen(command, stdin=subprocess.PIPE, encoding="utf-8")
@@ -234,7 +235,7 @@ _rounds = itertools.count()  # equal in all processes, which call `broadcast` in
 
 
 def is_multiprocess() -> bool:
-    """Whether other processes take part in this run."""
+    """Whether this run has more than one process."""
     return global_state.client is not None and global_state.num_processes > 1
 
 
@@ -243,19 +244,19 @@ def _client() -> Any:
 
 
 def broadcast(value: Any) -> list[Any]:
-    """Gather a value of each process in all processes; every process must call it.
+    """All-gather one value per process; every process must call this function.
 
     Args:
-        value: Value of this process, as JSON can write it; numbers of NumPy are written as floats.
+        value: JSON-serializable value of this process; NumPy numbers are converted to floats.
 
     Returns:
-        Values in the order of the process numbers, as JSON reads them.
+        Values of all processes in the order of the process numbers, as parsed from JSON.
     """
     client, number = _client(), next(_rounds)
     topic = f"thoughtbubbles/{number}"
     client.key_value_set(f"{topic}/{global_state.process_id}", json.dumps(value, default=float))
     client.wait_at_barrier(topic, _FOREVER)
-    if number and global_state.process_id == 0:  # all who are here have read what was before
+    if number and global_state.process_id == 0:  # all processes here have read the last round
         client.key_value_delete(f"thoughtbubbles/{number - 1}/")
     values = {int(key.rpartition("/")[2]): text for key, text in client.key_value_dir_get(topic)}
     return [json.loads(values[process]) for process in range(global_state.num_processes)]
@@ -264,12 +265,13 @@ def broadcast(value: Any) -> list[Any]:
 def divide(owners: Sequence[int], work: Callable[[int], Any]) -> list[Any]:
     """Divide pieces of work among the processes, and return all results in every process.
 
-    Every process must call it, with the same pieces.
+    Every process must call this function, with the same pieces.
 
     Args:
         owners: Owner number of each piece; process `owner % number of processes` does the piece.
         work: Function from the index of a piece to its result. With several processes, results must
-            be what JSON can write, and a `ValueError` or `OSError` is raised in all processes.
+            be JSON-serializable, and a `ValueError` or `OSError` in one process ends the work in
+            all (`sync_errors`).
 
     Returns:
         Results in the order of the pieces.
@@ -292,10 +294,10 @@ def is_mine(owner: int) -> bool:
 
 @contextlib.contextmanager
 def sync_errors() -> Iterator[None]:
-    """Context in which a `ValueError` or `OSError` of one process raises an error in all.
+    """Context manager that raises a `ValueError` or `OSError` of one process in all processes.
 
-    Every process must enter it. Processes without an error of their own raise a `ValueError` that
-    names the number of the process that failed.
+    Every process must enter the context. Processes without an error of their own raise a
+    `ValueError` that names the process that failed.
     """
     if not is_multiprocess():
         yield
@@ -318,7 +320,7 @@ def assert_same_on_all_hosts(name: str, value: Any) -> None:
 
     Args:
         name: Name of the value, for the error message.
-        value: Value of this process, as JSON can write it.
+        value: JSON-serializable value of this process.
     """
     if not is_multiprocess():
         return
@@ -357,10 +359,10 @@ _GONE = re.compile(
 
 @contextlib.contextmanager
 def ends_when_alone() -> Iterator[None]:
-    """Context that ends this process if an error in it shows that another process is lost.
+    """Context manager that ends this process if an error shows that another process is lost.
 
-    One line says so, and the exit status is 1. The process ends inside the block, because clean-up
-    outside of it may wait for the lost process.
+    The process prints one line and exits with status 1. It ends inside the context, because
+    clean-up outside of the context may wait for the lost process.
     """
     try:
         yield
@@ -381,7 +383,7 @@ def _leave_if_alone(error: BaseException) -> None:
 
 
 def _loss(error: BaseException | None) -> str | None:
-    """First line of the error, or of its cause, that shows a lost process; None if none does."""
+    """Return the line of an error, or of an error that caused it, that shows a lost process."""
     while error is not None:
         line = _first_line(error)
         if _STATUS.match(line) and _GONE.search(str(error)):

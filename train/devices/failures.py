@@ -1,5 +1,5 @@
-"""Errors that end a run although its command and its data are right."""
+"""Errors that end a run although the command and the data are right."""
 
 
 class RunFailed(RuntimeError):
-    """A run can't go on. Commands print the error in one line, without traceback, exit status 1."""
+    """A run can't continue; its command prints one line without traceback, and exits with 1."""

@@ -16,12 +16,12 @@ class Chip:
         kinds: `device_kind` strings of `jax.devices()`.
         flops: Peak bfloat16 matrix FLOP/s, dense, with float32 accumulation.
         memory: Memory that a program can use, in bytes.
-        memory_bandwidth: Bandwidth of that memory, in bytes/s.
-        link: Bandwidth at which a device sends, in bytes/s: along one dimension of its torus (two
-            links, one each way) on a TPU, to the other devices of its host on a GPU.
+        memory_bandwidth: Bandwidth of this memory, in bytes/s.
+        link: Bandwidth at which a device sends, in bytes/s: on a TPU along one dimension of its
+            torus (two links, one in each direction), on a GPU to the other devices of its host.
         network: Bandwidth at which each device sends to other hosts, in bytes/s. None for TPUs,
-            whose links connect hosts too, and for cards that are not part of a known system of
-            several hosts, which have no topology here.
+            whose links connect hosts too, and for GPUs that are not part of a known multi-host
+            system, for which no topology can be given.
     """
 
     name: str
@@ -61,7 +61,7 @@ CHIPS = {
 
 
 def chip_of(device_kind: str) -> Chip | None:
-    """Find the chip of a `jax.Device.device_kind`; None if `CHIPS` lacks it."""
+    """Find the chip of a `jax.Device.device_kind`; None if `CHIPS` lacks the chip."""
     for chip in CHIPS.values():
         if device_kind in chip.kinds:
             return chip
@@ -92,7 +92,7 @@ def libtpu_without_tpus() -> None:
 def quiet_libtpu() -> None:
     """Keep libtpu silent on a machine without TPUs.
 
-    It must be called before JAX lists its devices, because JAX then loads libtpu.
+    Call this function before JAX lists its devices, because JAX then loads libtpu.
     """
     if not (any(Path("/dev").glob("accel*")) or any(Path("/dev/vfio").glob("[0-9]*"))):
         libtpu_without_tpus()

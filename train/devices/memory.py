@@ -1,4 +1,4 @@
-"""Find the memory of devices and of this machine, within the limits of a container."""
+"""Query the memory of devices and of this machine, within the limits of a container."""
 
 import contextlib
 import os
@@ -12,27 +12,27 @@ _MEMINFO = Path("/proc/meminfo")
 
 
 def host_bytes() -> int:
-    """Total bytes of memory of this machine, or of this process's container if it allows fewer."""
+    """Total bytes of this machine's RAM, or the limit of this process's container if lower."""
     machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     limit = _container_limit()
     return machine if limit is None else min(machine, limit)
 
 
 def device_bytes(device: Any) -> int | None:
-    """Total bytes of a device's memory, or None if unknown; for a CPU those of the host.
+    """Total bytes of a device's memory, or None if unknown; for a CPU, the host's RAM.
 
     Args:
-        device: Device of JAX. Nothing is known of a device of another process, or of one that is
-            only described.
+        device: JAX device. The memory is unknown for a device of another process, and for a device
+            of a topology description.
     """
-    if device not in jax.local_devices():  # of another process, or only described
+    if device not in jax.local_devices():  # of another process, or of a topology description
         return None
     known = (device.memory_stats() or {}).get("bytes_limit")
     return host_bytes() if known is None and device.platform == "cpu" else known
 
 
 def free_bytes() -> int | None:
-    """Free bytes of the first local device, or None if unknown; for a CPU those of the host."""
+    """Free bytes of the first local device's memory, or None if unknown; for a CPU, free RAM."""
     device = jax.local_devices()[0]
     stats: dict[str, Any] = device.memory_stats() or {}
     if "bytes_limit" in stats:

@@ -1,4 +1,4 @@
-"""Mesh and shardings: one API for a laptop and a pod."""
+"""Device mesh and shardings of a run, with one API for a laptop and a pod."""
 
 import dataclasses
 import math
@@ -16,12 +16,12 @@ BATCH_AXES = ("data", "fsdp")
 
 
 def batch_axes(mesh: Mesh) -> tuple[str, ...]:
-    """Names of the mesh axes that split the batch: those of `data` and `fsdp` that it has."""
+    """Names of the mesh axes that split the batch: `data` and `fsdp`, if the mesh has them."""
     return tuple(name for name in BATCH_AXES if name in mesh.shape)
 
 
 def is_explicit(mesh: Mesh) -> bool:
-    """Whether a mesh has explicit axes, whose shardings are part of the types of arrays."""
+    """Whether a mesh has `AxisType.Explicit` axes, whose shardings are part of array types."""
     return AxisType.Explicit in mesh.axis_types
 
 
@@ -30,9 +30,9 @@ class MeshConfig:
     """Number of devices along each mesh axis; one number may be -1, for all remaining devices.
 
     Attributes:
-        data: Devices along the axis that splits the batch and replicates parameters.
-        fsdp: Devices along the axis that splits both the batch and the parameters.
-        tensor: Devices along the axis that splits heads, MLP width and vocabulary.
+        data: Number of devices along the axis that splits the batch and replicates parameters.
+        fsdp: Number of devices along the axis that splits both the batch and the parameters.
+        tensor: Number of devices along the axis that splits heads, MLP width and vocabulary.
     """
 
     data: int = -1
@@ -42,9 +42,9 @@ class MeshConfig:
 
 @dataclasses.dataclass(frozen=True)
 class AxisRules:
-    """Mesh axis that splits each logical parameter axis; None leaves the axis whole.
+    """Mesh axis that splits each logical axis of parameters; None leaves the logical axis whole.
 
-    Parameters name their logical axes in the metadata `axes`.
+    Each parameter names its logical axes in its metadata `axes`.
     """
 
     layers: str | None = None
@@ -63,7 +63,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     Args:
         config: Number of devices along each axis.
         devices: Devices of the mesh. None returns the mesh of a surrounding `jax.set_mesh`,
-            whatever its axis types; without one it takes all devices.
+            whatever its axis types, or makes a mesh of all devices if no mesh is set.
 
     Raises:
         ValueError: The product of the sizes is not the number of devices, or `config` is not the
@@ -98,8 +98,9 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
 def check_mesh(mesh: Mesh) -> None:
     """Raise a ValueError for a mesh that the trainer can't shard a run over.
 
-    Its axes must be among `data`, `fsdp` and `tensor`, one of the first two included, and be either
-    all auto or all explicit. Explicit axes `fsdp` and `tensor` must have size 1.
+    The axes must be named `data`, `fsdp` or `tensor`, must include `data` or `fsdp`, and must be
+    all `AxisType.Auto` or all `AxisType.Explicit`. Explicit axes `fsdp` and `tensor` must have size
+    1.
 
     Args:
         mesh: Mesh of the run, made by `make_mesh` or by a user.
@@ -123,7 +124,7 @@ def check_mesh(mesh: Mesh) -> None:
 
 
 def check_entered(mesh: Mesh) -> None:
-    """Raise a ValueError if a mesh has explicit axes and `jax.set_mesh` of it is not entered.
+    """Raise a ValueError for a mesh with explicit axes outside of `jax.set_mesh(mesh)`.
 
     Args:
         mesh: Mesh of the run.
@@ -155,7 +156,7 @@ def _sizes(shape: Mapping[str, int]) -> str:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """Sharding of an array that every device holds whole."""
+    """Sharding that replicates an array on every device."""
     return NamedSharding(mesh, P())
 
 
@@ -186,10 +187,10 @@ def state_shardings(state: Any, mesh: Mesh, rules: AxisRules = AxisRules()) -> A
     Leaves without this metadata are replicated.
 
     Args:
-        state: Parameters, optimizer state (moments keep the metadata of their parameters), or any
-            tree of them; abstract or real.
+        state: Tree with Flax Variables, abstract or real, such as parameters or optimizer state,
+            whose moments keep the metadata of their parameters.
         mesh: Mesh of the run.
-        rules: Mesh axis of each logical parameter axis.
+        rules: Mesh axis that splits each logical axis of parameters.
 
     Returns:
         Tree like `state` with a `NamedSharding` for each leaf.
@@ -248,7 +249,7 @@ def constrain_batch(mesh: Mesh):
 
     Returns:
         Function that constrains an array `[B, S, D]`; None for one device, and for explicit axes,
-        under which the types of arrays hold the sharding.
+        with which the sharding is part of the array's type.
     """
     if mesh.size == 1 or is_explicit(mesh):
         return None
@@ -257,12 +258,12 @@ def constrain_batch(mesh: Mesh):
 
 
 def place(batch: Any, mesh: Mesh) -> jax.Array:
-    """Put a whole NumPy batch `[B, ...]`, known to every process, on the mesh, split by rows."""
+    """Shard the rows of a NumPy batch `[B, ...]`, which every process has in full, over a mesh."""
     return jax.make_array_from_callback(batch.shape, batch_sharding(mesh), lambda part: batch[part])
 
 
 def put(weights: Any, shardings: Any) -> Any:
-    """Put a tree of whole arrays, known to every process, on devices by a tree of shardings.
+    """Shard a tree of arrays, each of which every process has in full, by a tree of shardings.
 
     Arrays that already have the wanted sharding are not copied.
     """
@@ -280,19 +281,19 @@ def put(weights: Any, shardings: Any) -> Any:
 
 
 def rows_here(batch_size: int, mesh: Mesh) -> np.ndarray:
-    """Find the local rows of a batch, which are on this process's devices.
+    """Find the local rows of a batch: the rows on this process's devices.
 
     Local rows need not be contiguous: on a TPU slice a process has a block of the torus. Processes
     that differ only along `tensor` have the same rows.
 
     Returns:
-        Indices of the local rows in the batch, ascending `[b]`.
+        Indices of the local rows in the batch, in increasing order `[b]`.
     """
     return rows_on(batch_sharding(mesh).addressable_devices, batch_size, mesh)
 
 
 def rows_on(devices: Iterable[Any], batch_size: int, mesh: Mesh) -> np.ndarray:
-    """Find the rows of a batch on some devices of a mesh; returns ascending indices `[b]`."""
+    """Find the indices, in increasing order, of a batch's rows on some devices of a mesh `[b]`."""
     slices = batch_sharding(mesh).devices_indices_map((batch_size,))
     every = np.arange(batch_size)
     return np.unique(np.concatenate([every[slices[device]] for device in devices]))
@@ -303,7 +304,7 @@ def place_local(part: np.ndarray, rows: np.ndarray, batch_size: int, mesh: Mesh)
 
     Args:
         part: Local rows of the batch `[b, ...]`.
-        rows: Indices of these rows in the batch, ascending `[b]` (`rows_here`).
+        rows: Indices of the local rows in the batch, in increasing order `[b]` (`rows_here`).
         batch_size: Number of rows of the batch over all processes, B.
         mesh: Mesh of the run.
 

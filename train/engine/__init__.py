@@ -1,1 +1,1 @@
-"""The state, step and loop that all training runs share."""
+"""The train state, train step and training loop that all runs share."""

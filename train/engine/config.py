@@ -17,9 +17,9 @@ class EvalConfig:
 
     Attributes:
         every: Number of steps between evaluations; 0 evaluates only at the end of the run.
-        rows: Number of held-out rows scored, spread over the split; 0 scores all of them.
-        positions: Number of positions scored from their prefix alone if the policy is not causal;
-            0 scores all.
+        rows: Number of held-out rows to score, spread over the split; 0 scores all rows.
+        positions: Number of positions to score with only their prefix as input, if the fork policy
+            is not causal; 0 scores all positions.
     """
 
     every: int = 100
@@ -41,26 +41,26 @@ class LoopConfig:
     Attributes:
         optimizer: Optimizer and learning-rate schedule.
         mesh: Sizes of the axes of the device mesh; -1 takes all remaining devices.
-        distributed: Options by which the processes of the run find each other.
-        evaluation: Amount of held-out data that is scored, and how often.
+        distributed: Options for connecting the processes of the run.
+        evaluation: Amount and interval of the held-out evaluation.
         steps: Number of optimizer steps.
         batch_size: Number of rows of a step, over all devices and processes.
-        accumulate: Number of micro-batches that a batch is divided into; their gradients are added
-            up before the optimizer step.
+        accumulate: Number of micro-batches that a batch is divided into; the gradients of all
+            micro-batches are added up before the optimizer step.
         seed: Seed of the initial parameters and of the noise of training.
-        out: Run folder for config, checkpoints and metrics; a run found there is continued.
+        out: Run folder for config, checkpoints and metrics; a run in this folder is resumed.
         log_every: Number of steps between lines of metrics.
         save_every: Number of steps between checkpoints.
-        keep: Number of newest checkpoints that are kept.
+        keep: Number of newest checkpoints to keep.
         keep_every: Number of steps between checkpoints that are never deleted; by default old
             checkpoints are deleted.
-        attention: Implementation of attention; "auto" chooses it by the kind of devices.
+        attention: Implementation of attention; "auto" chooses an implementation for the devices.
         profile: First and last step recorded with jax's profiler, e.g. "10:20"; "" records none.
         peak_tflops: Peak speed of one device in TFLOP/s, for the MFU (model FLOPs utilisation); by
             default looked up by the name of the device (`train.devices.hardware`).
-        dry_run: Whether only to check the options and print what would be run.
-        plugin: Modules of your own, imported before the other options are read, from the working
-            directory too; they add architectures, policies, methods or tasks to the registries.
+        dry_run: Whether to only check the options and print what the run would do.
+        plugin: User modules, also in the working directory, that are imported before the other
+            options are parsed and may register architectures, policies, methods or tasks.
     """
 
     optimizer: OptimizerConfig = OptimizerConfig()

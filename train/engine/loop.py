@@ -52,22 +52,22 @@ class NonFiniteLoss(RunFailed):
 class Pending:
     """A step that was dispatched to the devices, and whose metrics the host has not read yet."""
 
-    step: int  # number of updates once it is done
+    step: int  # number of updates after this step
     batch: Batch
     metrics: dict[str, Any]
 
 
 class TrainingJob(Protocol):
-    """Model, data and evaluation of a run, as the loop uses them.
+    """Model, data and evaluation of a run: the protocol that the training loop calls.
 
     Attributes:
         config: Config of the run, in which fields that depend on pretrained weights are set.
         trainable: Static side of the run's state, without any arrays.
         seq_len: Number of targets in a row.
         step_flops: Number of model FLOPs of a step.
-        keeps_frozen: Whether checkpoints also hold the frozen parameters. If not, a run that is
-            continued takes them from `first_state`.
-        meta: Metadata for checkpoints, as JSON can write it, added to what the loop saves itself.
+        keeps_frozen: Whether checkpoints also hold the frozen parameters. If not, a resumed run
+            takes the frozen parameters from `first_state`.
+        meta: JSON-serializable metadata that is added to the metadata of each checkpoint.
     """
 
     config: Any
@@ -83,8 +83,8 @@ class TrainingJob(Protocol):
         """Prepare the data of the run.
 
         Returns:
-            Object with attributes `train` and `validation` (rows), `tokenizer`, `fingerprint`
-            (hash of the data, a string) and `summary` (a line for the user).
+            Object with attributes `train` and `validation` (rows of the two splits), `tokenizer`,
+            `fingerprint` (hash of the data, a string) and `summary` (description for the user).
         """
         ...
 
@@ -98,13 +98,13 @@ class TrainingJob(Protocol):
         ...
 
     def inputs(self, batch: Batch) -> Any:
-        """Select the arrays of a batch that the train step reads, a tree of arrays `[B, ...]`."""
+        """Select the arrays of b local rows that the train step reads, a tree of `[b, ...]`."""
         ...
 
     def train_step(self) -> TrainStep: ...
 
     def observe(self, sums: Mapping[str, Any]) -> None:
-        """Receive the sums that the loss returned, after every step, logged or not."""
+        """Receive the sums that the loss returned; called after every step, logged or not."""
         ...
 
     def step_metrics(
@@ -117,18 +117,18 @@ class TrainingJob(Protocol):
             step: Number of updates so far.
 
         Returns:
-            Metrics by name, and samples for histograms by name.
+            Mapping from name to metric, and mapping from name to samples for a histogram.
         """
         ...
 
     def progress(self, step: int) -> str:
-        """Return text about the data read so far for the progress line; may be empty."""
+        """Describe the data read up to a step for the progress line; the text may be empty."""
         ...
 
     def first_state(self) -> TrainState: ...
 
     def evaluate(self, state: TrainState, data: Any) -> dict[str, float]:
-        """Compute the held-out metrics, by name.
+        """Compute the held-out metrics, a mapping from name to value.
 
         Args:
             state: State of the run.
@@ -146,16 +146,16 @@ class TrainingJob(Protocol):
 
 
 def run(begin: Callable[[], TrainingJob], config: LoopConfig) -> dict[str, float]:
-    """Train a run to its end, from the newest checkpoint in its folder if there is one.
+    """Train a run to its end, resuming from the newest checkpoint in its folder if there is one.
 
     Every process of the run calls this function with the same config.
 
     Args:
         begin: Function that makes the job of `config`.
-        config: Config of the run. Once the job is made, its `config` is used instead.
+        config: Config of the run. Once the job is made, the job's `config` is used instead.
 
     Returns:
-        Held-out metrics of the last evaluation, by name.
+        Mapping from name to held-out metric of the last evaluation.
 
     Raises:
         ValueError: The config, the data, or the run folder has a mistake.
@@ -232,7 +232,7 @@ def run(begin: Callable[[], TrainingJob], config: LoopConfig) -> dict[str, float
                 batch = next(batches)
             with profiler.step(step):
                 state, metrics = train_step(state, opened.placed(batch))
-            # The device works on this step while the host reads the one before.
+            # The device computes this step while the host reads the metrics of the previous step.
             flush()
             pending = Pending(step, batch, metrics)
             last = step == end
@@ -246,10 +246,10 @@ def run(begin: Callable[[], TrainingJob], config: LoopConfig) -> dict[str, float
                 flush()
                 profiler.stop()
                 stopwatch.resume()
-            # Asked once: a signal that comes later is seen after the next step.
+            # Checked once per step: a later signal is seen after the next step.
             stop = (interrupted() or checkpointer.reached_preemption(step)) and not last
             if last or stop or step % config.save_every == 0:
-                flush()  # nothing is saved of a step that has not been seen to be finite
+                flush()  # a step is saved only after its loss is known to be finite
                 save(step)
                 stopwatch.resume()
             if stop:
@@ -284,7 +284,7 @@ class Opened:
     saved: dict[str, Any] | None
 
     def placed(self, batch: Batch) -> Any:
-        """Place the train step's inputs on the mesh, from this process's rows of a batch."""
+        """Place the train step's inputs on the mesh, given this process's local rows of a batch."""
         size, mesh = self.job.config.batch_size, self.job.trainable.mesh
         place = lambda rows: place_local(rows, self.local_rows, size, mesh)  # noqa: E731
         return jax.tree.map(place, self.job.inputs(batch))
@@ -350,7 +350,7 @@ def restore_or_init(checkpointer: Checkpointer, job: Resumable) -> TrainState:
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[Any]:
-    """Turn SIGTERM and the first Ctrl-C into a flag that the loop reads between steps.
+    """Context manager that turns SIGTERM and the first Ctrl-C into a flag for the training loop.
 
     With several processes the flag stays False: jax takes SIGTERM as the notice of a preemption,
     and all processes agree on a step to stop at (`Checkpointer.reached_preemption`). A Ctrl-C is

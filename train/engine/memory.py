@@ -13,15 +13,15 @@ _PER_TOKEN = 4 + 4 + 4  # ids, targets and weights of a step's rows on the host,
 
 @dataclasses.dataclass(frozen=True)
 class TrainingMemory:
-    """Memory that the state and the rows of a training step need, without activations.
+    """Memory that the state and the rows of a train step need, without activations.
 
     `thoughtbubbles compile` computes the memory of a whole step.
 
     Attributes:
         state: Bytes of parameters, gradients and optimizer state on each device.
         rows: Bytes of the rows of a step on each host.
-        device: Bytes of a device's memory; None if its size is not known.
-        host: Bytes of this machine's memory.
+        device: Bytes of a device's memory; None if the size is not known.
+        host: Bytes of this machine's RAM.
         shape: Number of rows of a step, over all processes, and number of tokens of a row.
     """
 
@@ -39,7 +39,7 @@ class TrainingMemory:
         )
 
     def check(self) -> None:
-        """Raise a ValueError if a device or this host has less memory than `state` or `rows`."""
+        """Raise a ValueError if a device has less memory than `state`, or this host than `rows`."""
         if self.device is not None and self.state > self.device:
             raise ValueError(
                 f"parameters, gradients and optimizer state need {size_text(self.state)} on each "
@@ -52,7 +52,7 @@ class TrainingMemory:
 def training_memory(
     trainable: Trainable, rows: int, seq_len: int, copies: int = 0
 ) -> TrainingMemory:
-    """Compute a lower bound on the memory of a training step.
+    """Compute a lower bound on the memory of a train step.
 
     Args:
         trainable: Static side of the run; only shapes and shardings are read.
@@ -74,7 +74,7 @@ def training_memory(
 
 
 def check_row_memory(rows: int, tokens: int) -> None:
-    """Raise a ValueError if the rows of one step or forward pass exceed the memory of this host.
+    """Raise a ValueError if the rows of one step or forward pass exceed the RAM of this host.
 
     Args:
         rows: Number of rows, over all processes.

@@ -1,6 +1,7 @@
 """Optimizers and learning-rate schedules: AdamW and Muon from optax.
 
-A parameter's metadata (`inputs`, `axes`) decide whether it is decayed, and whether it takes Muon.
+A parameter's metadata (`inputs`, `axes`) decide whether weight decay acts on the parameter, and
+whether Muon updates it.
 """
 
 import dataclasses
@@ -15,30 +16,31 @@ from optax.contrib import MuonDimensionNumbers
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW or Muon with a schedule.
+    """AdamW or Muon with a learning-rate schedule.
 
     With "muon", the updates of hidden matrices are orthogonalised. All other parameters (embedding,
     head, norms, biases, fork vectors and scores) take AdamW at the same learning rate. Muon's
     updates are scaled to the size of AdamW's, so that learning rates carry over (arXiv 2502.16982).
-    Weight decay acts on all matrices with "adamw", and on the orthogonalised ones with "muon".
+    Weight decay acts on all matrices with "adamw", and on orthogonalised matrices with "muon".
 
     Attributes:
-        name: Optimizer: "adamw", or "muon" for hidden matrices with AdamW for the rest.
+        name: Optimizer: "adamw", or "muon" for hidden matrices with AdamW for other parameters.
         learning_rate: Peak learning rate, reached after the warm-up.
         b1: Decay rate of the first moment of AdamW (β1).
         b2: Decay rate of the second moment of AdamW (β2).
         eps: Term added to the denominator of AdamW (ε).
-        weight_decay: Decoupled weight decay of matrices, times the learning rate.
-        clip: Maximum global norm of the gradient; longer gradients are scaled down to it, and "inf"
-            turns clipping off.
+        weight_decay: Coefficient of the decoupled weight decay of matrices, multiplied by the
+            learning rate.
+        clip: Maximum global norm of the gradient; a gradient with a larger norm is scaled down to
+            this norm, and "inf" turns clipping off.
         schedule: Schedule after the warm-up: "cosine" decays to `final_ratio` of the peak over the
             rest of the run; "wsd" (warm-up, stable, decay) stays at the peak, and decays linearly
             to `final_ratio` of it over the last `decay` fraction of the steps.
         warmup: Fraction of the steps, 0 to 1, over which the learning rate rises linearly from 0.
         decay: Fraction of the steps, 0 to 1, over which "wsd" decays at the end.
         final_ratio: Learning rate at the last step, as a fraction of the peak.
-        fork_rate: Factor on the learning rate of fork layers. Above 1 it helps new fork layers in a
-            pretrained model to catch up.
+        fork_rate: Factor on the learning rate of fork layers. A factor above 1 helps new fork
+            layers in a pretrained model to catch up.
     """
 
     may_be_infinite: ClassVar[frozenset[str]] = frozenset({"clip"})
@@ -107,8 +109,8 @@ def make_optimizer(
     Args:
         config: Optimizer and its options.
         schedule: Learning rate by step.
-        params: nnx.State of the trained parameters, real or abstract; their metadata decide which
-            of them are decayed and which take Muon.
+        params: nnx.State of the trained parameters, real or abstract; each parameter's metadata
+            decide whether weight decay acts on the parameter and whether Muon updates it.
     """
     if config.name == "muon":
         optimizer = optax.contrib.muon(
@@ -151,14 +153,15 @@ def is_matrix(variable: nnx.Variable) -> bool:
 
 
 def _inputs(variable: nnx.Variable) -> int:
-    """Number of leading axes that a product contracts; without metadata 1 of a matrix, else 0."""
+    """Number of leading axes that a product contracts; by default 1 of a matrix, 0 of a vector."""
     return variable.get_metadata().get("inputs", int(variable.get_value().ndim > 1))
 
 
 def muon_dimensions(variable: nnx.Variable) -> MuonDimensionNumbers | None:
     """Return the input and output axes of a matrix for Muon, or None if the variable takes AdamW.
 
-    Leading axes without a name (of stacked layers) are in neither: they are a batch of matrices.
+    Unnamed leading axes, of stacked layers, are neither input nor output axes, but a batch of
+    matrices.
     """
     inputs = _inputs(variable)
     axes = variable.get_metadata().get("axes", (None,) * (inputs + 1))  # an adapter's matrix

@@ -1,4 +1,4 @@
-"""TrainState, all arrays of a run, and Trainable, which creates them sharded over a mesh."""
+"""TrainState (all arrays of a run) and Trainable (creates a TrainState sharded over a mesh)."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -25,7 +25,7 @@ EVERY_PARAMETER: filterlib.Filter = ...
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """All arrays of a run: what a step changes, and the frozen parameters that it reads.
+    """All arrays of a run: variables that a step updates, and frozen parameters that it reads.
 
     Attributes:
         step: Number of updates so far, int32 scalar.
@@ -57,7 +57,7 @@ class TrainState:
 
     @property
     def rest(self) -> "TrainState":
-        """This state without its weights: step and optimizer state, which only training needs."""
+        """This state without the model's variables: step and optimizer state."""
         return dataclasses.replace(self, params=(), frozen=(), tracked=())
 
 
@@ -105,7 +105,7 @@ class Trainable:
         return nnx.merge(self.graphdef, weights, copy=True)
 
     def init(self) -> TrainState:
-        """Create the initial state directly on the mesh, with the same values on any mesh."""
+        """Create the random initial state directly on the mesh, with equal values on any mesh."""
 
         def create() -> TrainState:
             model = self.architecture(self.config, rngs=nnx.Rngs(self.seed))
@@ -114,11 +114,11 @@ class Trainable:
         return jax.jit(create, out_shardings=self.shardings)()
 
     def init_from(self, weights: Mapping[Any, Any]) -> TrainState:
-        """Create the initial state with given weights of the decoder, placed on the mesh.
+        """Create the initial state from given parameters of the decoder, placed on the mesh.
 
         Args:
             weights: Nested dict of arrays, as `nnx.to_pure_dict` returns it. Arrays that already
-                have the run's sharding are not copied, and training overwrites them.
+                have the run's sharding are not copied, and the first train step donates them.
 
         Raises:
             ValueError: Names or shapes differ from those of the decoder's parameters.
@@ -126,11 +126,11 @@ class Trainable:
         return self.start(nnx.state(self.architecture.from_params(self.config, weights)))
 
     def start(self, weights: Any) -> TrainState:
-        """Create the initial state with all weights given, placed on the mesh.
+        """Create the initial state from given values of all variables, placed on the mesh.
 
         Args:
             weights: nnx.State of all variables, as `TrainState.weights`. Arrays that already have
-                the run's sharding are not copied, and training overwrites them.
+                the run's sharding are not copied, and the first train step donates them.
         """
         state = put(weights, self.shardings.weights)
         # Parameters stay the arrays that they are; the rest is new.
@@ -151,7 +151,7 @@ def make_trainable(
     trained: filterlib.Filter = EVERY_PARAMETER,
     wrap: Callable[[Any], nnx.Module] | None = None,
 ) -> Trainable:
-    """Describe the state of a run, its shapes, shardings and updates, without allocating arrays.
+    """Make the static side of a run: shapes, shardings and updates of its state, without arrays.
 
     Args:
         config: Config of the decoder.
@@ -218,6 +218,6 @@ def resolved(trainable: Trainable) -> dict[str, Any]:
     """Return the actual mesh sizes and attention of a run, where its options were -1 or "auto".
 
     Returns:
-        Dict with `mesh` (sizes by axis name) and `attention` (name), as JSON can write it.
+        JSON-serializable dict with `mesh` (mapping from axis name to size) and `attention` (name).
     """
     return {"mesh": dict(trainable.mesh.shape), "attention": trainable.attention}

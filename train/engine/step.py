@@ -17,16 +17,17 @@ from train.engine.state import Trainable, TrainState
 
 TrainStep = Callable[[TrainState, Any], tuple[TrainState, dict[str, Any]]]
 Loss = Callable[..., tuple[jax.Array, jax.Array, dict[str, jax.Array]]]
-"""Function of `(model, batch, key, *constants)` that returns the loss summed over targets, the
-weight to divide it by (such as the number of targets), and sums for the metrics by name."""
+"""Function of `(model, batch, key, *constants)`, where `key` is a PRNG key. The function returns
+the loss summed over targets, the divisor that makes the sum a mean (such as the number of targets),
+and a mapping from name to sum for the metrics."""
 
 
 def pretraining_loss(
     model: Architecture, rows: jax.Array, key: jax.Array
 ) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
-    """Compute the `Loss` of next tokens in rows `[B, T + 1]` of token ids.
+    """Compute the next-token loss, as a `Loss`, of rows `[B, T + 1]` of token ids.
 
-    Forks are chosen with noise from `key`, and the model's tracked variables are updated.
+    The PRNG key gives the noise of the forks, and the model's tracked variables are updated.
     """
     return model.loss(rows, track=True, key=key)
 
@@ -37,7 +38,7 @@ def make_train_step(
     loss: Loss = pretraining_loss,
     constants: Sequence[Any] = (),
 ) -> TrainStep:
-    """Make the jitted train step `(state, batch) -> (state, metrics)`; it donates the state.
+    """Make the jitted train step `(state, batch) -> (state, metrics)`, which donates the state.
 
     Args:
         trainable: Static side of the run's state, from `make_trainable`.
@@ -45,11 +46,11 @@ def make_train_step(
             divided once by the whole batch's weight, so that the division into micro-batches does
             not change the mean. Each micro-batch updates the tracked variables from their values
             before the step; the step takes the mean of the results, weighted like the loss.
-        loss: Loss of a batch, a tree of arrays `[B, ...]`; its key depends on seed, step and
-            micro-batch.
+        loss: Loss of a batch, which is a tree of arrays `[B, ...]`. The loss's PRNG key depends on
+            seed, step and micro-batch.
         constants: Trees of arrays, the same in every step, that the loss takes as arguments after
-            its key, such as the weights of a reference model. They keep their shardings and are
-            not donated.
+            its PRNG key, such as the parameters of a reference model. These arrays keep their
+            shardings and are not donated.
 
     Returns:
         Train step. Its metrics are `loss`, `grad_norm` (before clipping), `learning_rate`, and

@@ -1,1 +1,1 @@
-"""Models with their tokenizers, loaded from a run, a folder or a file, and text from them."""
+"""Load models with their tokenizers from a run, a folder or a file, and generate text."""

@@ -53,17 +53,17 @@ class ValueHead(nnx.Module):
 
 
 class FinetunableModel(nnx.Module):
-    """A decoder with the modules that fine-tuning adds to it, which scores rows of chat data.
+    """A decoder with the modules that fine-tuning adds, and methods that score rows of chat data.
 
     Args:
         model: Decoder; frozen unless `method` is `all`.
-        method: Parameters that are trained: `all` of the decoder's, those of a `lora` adapter, of a
-            `weaver` of latent memory, or of the `trigger` of a frozen weaver.
+        method: Trained parameters: `all` trains the decoder, `lora` a LoRA adapter, `weaver` a
+            weaver of latent memory, and `trigger` the trigger of a frozen weaver.
         lora: Config of the adapter; used only by `lora`.
         memgen: Config of latent memory; used only by `weaver` and `trigger`.
         boundary: Boundary table `[V]` of the vocabulary (`memgen.boundary_table`) for `weaver` and
             `trigger`; None for `all` and `lora`.
-        rngs: Keys of the initial values of new parameters.
+        rngs: PRNG keys for the initial values of new parameters.
         value_head: Whether a `ValueHead` on the hidden states is added. Its parameters are
             `ValueParam`s.
 
@@ -118,9 +118,9 @@ class FinetunableModel(nnx.Module):
         """Compute the log-probabilities of the targets, the tokens 1 to T of each row.
 
         Args:
-            rows: Arrays `[B, T + 1]` by name: `tokens`, `loss_mask`, `segment`, and `position` if
-                rows are packed (see `ChatRows`).
-            key: Key of dropout and of random insertion in training; None for held-out rows.
+            rows: Mapping from name to array `[B, T + 1]`: `tokens`, `loss_mask`, `segment`, and
+                `position` if rows are packed (see `ChatRows`).
+            key: PRNG key of dropout and random insertion in training; None for held-out rows.
 
         Returns:
             Log-probabilities `[B, T]` float32; 0 for targets outside of the loss mask.
@@ -132,8 +132,8 @@ class FinetunableModel(nnx.Module):
         """Compute the hidden states `[B, T, D]` that predict the targets of `log_probs`.
 
         Args:
-            rows: Arrays `[B, T + 1]` by name, as in `log_probs`.
-            key: Key of dropout and of random insertion in training; None for held-out rows.
+            rows: Mapping from name to array `[B, T + 1]`, as in `log_probs`.
+            key: PRNG key of dropout and random insertion in training; None for held-out rows.
         """
         tokens = jnp.maximum(rows["tokens"], 0)
         if self.memgen is None:
@@ -158,11 +158,11 @@ class FinetunableModel(nnx.Module):
         if key is not None:
             where, what = jax.random.split(key)
         elif memgen.config.insertion == "random":
-            where = jax.random.key(0)  # held-out rows: the same places each time
+            where = jax.random.key(0)  # held-out rows: the same positions each time
         plan = plan_insertions(tokens, loss_mask, memgen.boundary[...], memgen.config, where)
         return memgen.predictors(tokens, plan, what)[:, 1:]
 
 
 def _unmergeable(decoder: Any) -> bool:
-    """Whether a decoder lacks `merge_lora`, or inherits the one of `Architecture`, which raises."""
+    """Whether a decoder lacks `merge_lora` or inherits `Architecture.merge_lora`, which raises."""
     return getattr(type(decoder), "merge_lora", None) in (None, Architecture.merge_lora)

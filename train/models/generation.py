@@ -25,26 +25,28 @@ MEMORY = {
     "never": memgen.NeverInvoke(),
     "learned": memgen.LearnedInvoke(),
 }
+"""Mapping from name to trigger policy, which decides at which boundaries latents are written."""
 
 
 def write(
     loaded: LanguageModel, prompts: list[str], max_new_tokens: int, **options: Any
 ) -> list[str]:
-    """Continue prompts.
+    """Generate a continuation of each prompt.
 
     Args:
         loaded: Model with its tokenizer.
         prompts: Texts to continue.
         max_new_tokens: Maximum number of tokens added to each prompt.
-        **options: Options of `thoughtbubbles.decoding.generate`, or of `memgen.generate` if the
-            model has latent memory; then also `memory`, a name in `MEMORY`.
+        **options: Options of `thoughtbubbles.decoding.generate`. A model with latent memory takes
+            the options of `memgen.generate` instead, and `memory`, the name in `MEMORY` of the
+            trigger policy.
 
     Returns:
-        Texts of the prompts, each with its continuation.
+        Text of each prompt with its continuation.
 
     Raises:
-        ValueError: A prompt is not valid UTF-8, the texts don't fit into memory, or an option is
-            not available with latent memory.
+        ValueError: A prompt is not valid UTF-8, the texts don't fit into RAM or device memory, or
+            an option is not available for a model with latent memory.
     """
     _check_text(prompts)
     ids = [loaded.prompt(prompt) for prompt in prompts]
@@ -55,11 +57,13 @@ def write(
 def answer(
     loaded: LanguageModel, prompts: list[str], max_new_tokens: int, **options: Any
 ) -> list[str]:
-    """Answer prompts, each the only user message of a conversation in the model's chat template.
+    """Generate an answer to each prompt with the model's chat template.
+
+    Each prompt is the only user message of its conversation.
 
     Args:
         loaded: Model with its tokenizer.
-        prompts: Messages of the user.
+        prompts: User messages, one per conversation.
         max_new_tokens: Maximum number of tokens of each answer.
         **options: Options of decoding, as in `write`.
 
@@ -67,7 +71,7 @@ def answer(
         Texts of the answers, without the prompts.
 
     Raises:
-        ValueError: The model has no chat template, or for the reasons of `write`.
+        ValueError: The model has no chat template, or `write` would raise for these arguments.
     """
     tokenizer = loaded.tokenizer
     if not isinstance(tokenizer, PretrainedTokenizer):
@@ -117,10 +121,10 @@ def _continue(
 
 @contextlib.contextmanager
 def _reading() -> Iterator[Callable[[int, int], None]]:
-    """Show a progress bar on a terminal while prompts are read in blocks.
+    """Context manager that shows a progress bar on a terminal during a prefill in blocks.
 
     Yields:
-        Function of the number of tokens read and of all tokens, which updates the bar.
+        Function of the number of prefilled tokens and the number of all tokens; updates the bar.
     """
     with tqdm(unit="token", desc="prompt", delay=1, disable=None) as bar:
 
@@ -142,7 +146,7 @@ def _remember(
     min_p: float | None = None,
     **options: Any,
 ) -> list[list[int]]:
-    """Continue with latent memory, and print before which new tokens memory was written."""
+    """Continue prompts with latent memory; print before which new tokens latents were written."""
     given = {"top_k": top_k, "top_p": top_p, "min_p": min_p}
     if names := [name for name, value in given.items() if value is not None]:
         raise ValueError(f"{names[0]} is not offered with latent memory: leave it out")
@@ -154,12 +158,13 @@ def _remember(
 
 
 def map_of_text(loaded: LanguageModel, text: str) -> BubbleMap:
-    """Compute the bubble map of a text: its streams, and the scores by which they fork.
+    """Compute the bubble map of a text: each token's number of streams and their mean score.
 
-    The model reads a document separator and the text in one pass; the map leaves the separator out.
+    One forward pass covers a document separator and the text; the map leaves the separator out.
 
     Raises:
-        ValueError: The model is not a `Thoughtbubbles`, or the text does not fit into memory.
+        ValueError: The model is not a `Thoughtbubbles`, or the forward pass does not fit into
+            memory.
     """
     if not isinstance(loaded.model, Thoughtbubbles):
         raise ValueError(f"{type(loaded.model).__name__} has no bubbles to map")

@@ -55,7 +55,7 @@ class LanguageModel:
     Attributes:
         model: Decoder with its parameters.
         tokenizer: Tokenizer that the model was trained with.
-        memgen: Latent memory around the model; None if it was trained without.
+        memgen: Latent memory around the decoder; None for a model without latent memory.
     """
 
     model: Architecture
@@ -69,7 +69,7 @@ class LanguageModel:
             token: Token that ends an answer, such as "<|im_end|>".
 
         Raises:
-            ValueError: The vocabulary lacks the token, or the tokenizer is not a pretrained one.
+            ValueError: The vocabulary lacks the token, or the tokenizer is not pretrained.
         """
         if not isinstance(self.tokenizer, PretrainedTokenizer):
             raise ValueError(
@@ -82,10 +82,10 @@ class LanguageModel:
         return dataclasses.replace(self, tokenizer=tokenizer_of(stored))
 
     def with_adapter(self, path: str) -> Self:
-        """Return this model with a LoRA adapter, as `peft` writes it, merged into its weights.
+        """Return this model with a LoRA adapter merged into the decoder's parameters.
 
         Args:
-            path: Folder of the adapter.
+            path: Folder of the adapter, in the format of `peft`.
 
         Raises:
             ValueError: The adapter can't be used (`thoughtbubbles.adapters.load_adapter`), or the
@@ -104,9 +104,9 @@ class LanguageModel:
         return dataclasses.replace(self, model=model, memgen=memgen)
 
     def for_inference(self) -> Self:
-        """Return this model in the form that decodes fastest (see `Thoughtbubbles.for_decoding`).
+        """Return this model with its arrays laid out for fast decoding (`for_decoding`).
 
-        Its arrays may be copies: drop this object, so that the weights are not in memory twice.
+        The arrays may be copies: delete this object, so that memory holds the parameters only once.
         """
         model, memgen = self.model, self.memgen
         if isinstance(model, Thoughtbubbles):
@@ -127,7 +127,7 @@ class LanguageModel:
         return (self.tokenizer.separator,)
 
     def prompt(self, text: str) -> list[int]:
-        """Encode a text to be continued as a list of token ids, which is never empty."""
+        """Encode a prompt for generation as a non-empty list of token ids."""
         if isinstance(self.tokenizer, PretrainedTokenizer):
             return self.tokenizer.prompt(text)
         return [self.tokenizer.separator, *self.tokenizer.encode(text)[0].tolist()]
@@ -143,7 +143,7 @@ class LoadedRun(LanguageModel):
         data_fingerprint: Fingerprint of the rows that the model was trained on
             (`PackedData.fingerprint`).
         python: Version of the interpreter that trained the model; None if it is not known.
-        sources: Fingerprints of the rows of a mixture's sources, by the name of the source; empty
+        sources: Mapping from the name of a mixture's source to the fingerprint of its rows; empty
             for a run without a mixture.
     """
 
@@ -166,12 +166,12 @@ def load_model(
 ) -> LoadedRun:
     """Load the model of a checkpoint.
 
-    The checkpoints of a fine-tuned run with frozen weights hold only the trained parameters; the
-    frozen weights are read again from `config["weights"]`, where the run found them.
+    The checkpoints of a fine-tuned run with frozen weights hold only the trained parameters. The
+    frozen weights are loaded again from `config["weights"]`, from where the run loaded them.
 
     Args:
         path: Run folder, or one of its checkpoints.
-        step: Step of the checkpoint in a run folder; None takes the newest.
+        step: Step of the checkpoint in a run folder; None takes the newest checkpoint.
         shardings: Function from the abstract nnx.State of the model to the shardings of its
             parameters, as in `load_pretrained`; by default they go to the first device.
 
@@ -209,11 +209,11 @@ def load_run_adapter(
 
     Args:
         path: Run folder, or one of its checkpoints.
-        step: Step of the run; the newest by default.
+        step: Step of the checkpoint in a run folder; None takes the newest checkpoint.
 
     Returns:
-        Adapter weights by the name of the layer, the name of the weights that the adapter was
-        trained on, and its dropout rate.
+        Mapping from layer name to adapter parameters; name of the pretrained weights that the
+        adapter was trained on; and dropout rate of the adapter.
 
     Raises:
         ValueError: The run did not train a LoRA adapter.
@@ -245,7 +245,7 @@ def tokenizer_of(meta: dict[str, Any]) -> Tokenizer:
 
 
 def tokenizer_meta(tokenizer: Tokenizer) -> dict[str, Any]:
-    """Return the metadata `chat` that `tokenizer_of` needs of a pretrained tokenizer, else {}."""
+    """Return the `chat` metadata from which `tokenizer_of` makes a pretrained tokenizer, or {}."""
     if not isinstance(tokenizer, PretrainedTokenizer):
         return {}
     return {
@@ -270,7 +270,7 @@ def keep_tokenizer(tokenizer: Tokenizer, data: DataConfig) -> str:
         The tokenizer's name for `DataConfig.tokenizer`, the same on every machine.
     """
     if isinstance(tokenizer, PretrainedTokenizer):
-        # Not under its own name, which is where it lies here.
+        # The tokenizer's own name is a path on this machine.
         options = {**tokenizer_meta(tokenizer)["chat"], "name": "the tokenizer of the weights"}
         content = pretrained_json(tokenizer, options)
     else:
@@ -295,13 +295,13 @@ def check_named(checkpoint: str | None, model: str | None) -> None:
 
 
 def load_named(checkpoint: str | None, model: str | None) -> LanguageModel:
-    """Load a run folder or pretrained weights; exactly one of the arguments must not be None."""
+    """Load a model from a run folder or pretrained weights; exactly one argument must be None."""
     check_named(checkpoint, model)
     return load_weights(model) if model is not None else load_model(str(checkpoint))
 
 
 def load_language_model(name: str, shardings: Shardings | None = None) -> LanguageModel:
-    """Load a run folder, or any weights that `load_weights` can load."""
+    """Load a model from a run folder, or from any weights that `load_weights` can load."""
     path = Path(name).expanduser()
     if name not in PACKAGED and path.is_dir() and load_run_meta(path) is not None:
         return load_model(path, shardings=shardings)
@@ -319,7 +319,7 @@ def load_weights(name: str, shardings: Shardings | None = None) -> LanguageModel
 
 
 def find_weights(name: str) -> Path:
-    """Return the path of the weights with a name in `PACKAGED`; another name is itself a path."""
+    """Return the path of the weights with a name in `PACKAGED`; any other name is a path itself."""
     if name not in PACKAGED:
         return Path(name).expanduser()
     package, module, file = PACKAGED[name]
@@ -335,7 +335,7 @@ def load_language_model_on(mesh: Mesh, name: str) -> LanguageModel:
     """Load a model as `load_language_model` does, with its parameters sharded over a mesh.
 
     With several processes, each process loads all parameters onto its first device instead: placing
-    shards needs all processes, and one that can't read the file would keep the others waiting.
+    shards needs all processes, and a process that can't read the file would block the others.
     """
     alone = jax.process_count() == 1
     return load_language_model(
@@ -380,7 +380,7 @@ def finetuned_model(
             parameters, as in `load_pretrained`; by default they go to the first device.
 
     Returns:
-        Decoder, with the run's adapter merged; and the latent memory around it, or None.
+        Decoder, with the run's adapter merged; and the latent memory around the decoder, or None.
 
     Raises:
         ValueError: The frozen weights are gone or have changed, or parameters are missing or too
@@ -428,21 +428,21 @@ def finetuned_model(
 
 
 def trained_before(woven: MemGen, around: MemGen) -> MemGen:
-    """Copy the weaver of `woven`, and its trigger if it has one, into `around`."""
+    """Return `around` with the parameters of the weaver of `woven`, and of its trigger, if any."""
     kind = WeaverParam if woven.trigger is None else nnx.Any(WeaverParam, TriggerParam)
     return load_trained(around, nnx.to_pure_dict(nnx.state(woven, kind)), kind)
 
 
 def lora_from_json(fields: Any) -> LoRAConfig:
-    """Read a LoRAConfig as `as_json` wrote it."""
+    """Parse a LoRAConfig from the JSON fields that `as_json` wrote."""
     return from_json(LoRAConfig, fields, "lora")
 
 
 def trigger_from_json(fields: Any) -> TriggerConfig:
-    """Read a TriggerConfig as `as_json` wrote it."""
+    """Parse a TriggerConfig from the JSON fields that `as_json` wrote."""
     return from_json(TriggerConfig, fields, "trigger")
 
 
 def memgen_from_json(fields: Any) -> MemGenConfig:
-    """Read a MemGenConfig as `as_json` wrote it."""
+    """Parse a MemGenConfig from the JSON fields that `as_json` wrote."""
     return from_json(MemGenConfig, fields, "memgen")

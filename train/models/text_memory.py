@@ -13,7 +13,7 @@ from train.devices.memory import free_bytes, size_text
 def needed_bytes(
     model: Architecture, rows: int, tokens: int, cached: int = 0, blocks: bool = False
 ) -> int:
-    """Estimate the bytes that a forward pass over rows needs, without the parameters.
+    """Estimate the bytes of a forward pass over rows and of its cache, without the parameters.
 
     Args:
         model: Any architecture. Activations are counted only if its config has the methods that
@@ -21,13 +21,13 @@ def needed_bytes(
         rows: Number of rows.
         tokens: Number of tokens of each row.
         cached: Number of tokens that a cache of each row can hold; 0 for no cache.
-        blocks: Whether the rows are read block by block into the cache.
+        blocks: Whether the rows are prefilled into the cache block by block.
     """
     prefill = getattr(model.config, "prefill_bytes", lambda num_tokens: 0)
     whole = getattr(model.config, "pass_bytes", lambda rows, tokens: rows * prefill(tokens))
     total = block_bytes(model, rows) if blocks else whole(rows, tokens)
     if cached:
-        # By differences: a cache of many blocks and tokens need not be traced at its full size.
+        # Extrapolated from two small sizes, so that a large cache need not be traced.
         small, large = (_cache_bytes(model, rows, size) for size in (64, 128))
         total += small + (large - small) * max(cached - 64, 0) // 64
     return total
@@ -46,7 +46,7 @@ def check_text_memory(
     cached: bool = True,
     blocks: bool | None = None,
 ) -> None:
-    """Raise a ValueError, with the length that would fit, for texts that don't fit into memory.
+    """Raise a ValueError, with the length that would fit, if texts don't fit into memory.
 
     Args:
         model: Any architecture.
@@ -54,8 +54,8 @@ def check_text_memory(
         tokens: Number of tokens of the longest text.
         new: Number of tokens that are added to each text.
         cached: Whether keys and values are cached; without a cache every prefix is recomputed.
-        blocks: Whether long texts are read in blocks into a cache (`thoughtbubbles.prefill`); None
-            for the same as `cached`.
+        blocks: Whether long texts are prefilled in blocks (`thoughtbubbles.prefill`); None means
+            the value of `cached`.
     """
     if blocks is None:
         blocks = cached
@@ -89,7 +89,7 @@ def check_text_memory(
 
 @contextlib.contextmanager
 def memory_errors(model: Architecture, rows: int, tokens: int) -> Iterator[None]:
-    """Turn jax's out-of-memory error inside the context into a ValueError of one line."""
+    """Context manager that turns jax's out-of-memory error into a ValueError of one line."""
     blocks = in_blocks(model, rows, tokens)
     needed = needed_bytes(model, rows, tokens, tokens if blocks else 0, blocks)
     try:

@@ -1,1 +1,1 @@
-"""Pretraining: its config, presets and job, and growing and merging of Dragon Hatchlings."""
+"""Pretraining: config, presets and training job; growing and merging of Dragon Hatchlings."""

@@ -13,12 +13,12 @@ from train.runs.resume import FREE, free_inside
 class InitConfig:
     """Pretrained weights that a run starts from.
 
-    The weights determine the model and the tokenizer. The run's `model` then sets only how to
-    compute: `dtype`, `scan_layers` and `remat`.
+    The weights determine the model and the tokenizer. The run's `model` then sets only `dtype`,
+    `scan_layers` and `remat`, which say how to compute.
 
     Attributes:
         weights: Pretrained weights: "smollm2", a Hugging Face folder, or a .gguf file; "" for
-            random ones.
+            random initial parameters.
         forks: Indices of the blocks, from 0, before which new fork layers are added to the
             pretrained model (`thoughtbubbles.retrofit`).
         policy: Fork policy of the new fork layers.
@@ -45,7 +45,7 @@ class RunConfig(LoopConfig):
         init: Pretrained weights that the run starts from.
         train: Parameters that are trained: "all", or only those of fork layers ("forks").
         data: Corpus, tokenizer and row length.
-        prompt: Text that the sample at the end continues.
+        prompt: Prompt of the text that is sampled at the end of the run.
     """
 
     model: ArchitectureConfig

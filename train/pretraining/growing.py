@@ -46,7 +46,7 @@ class GrowConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MergeConfig:
-    """Merge Dragon Hatchlings: one model with the neurons of all, and the mean of embeddings.
+    """Merge Dragon Hatchlings into a model with the neurons of all, and the mean of embeddings.
 
     Attributes:
         checkpoints: Run folders of two or more pretraining runs with the same tokenizer.
@@ -61,10 +61,10 @@ class MergeConfig:
 
 
 def grow_run(config: GrowConfig) -> str:
-    """Grow a run, and write it as a checkpoint with its optimizer state, at the same step.
+    """Grow the model and optimizer state of a run, and write them as a checkpoint at the same step.
 
     Returns:
-        Line that describes the grown run and how it is continued.
+        Line that describes the grown run and how to resume it.
 
     Raises:
         ValueError: The run is not one of a Dragon Hatchling, it can't have this number of neurons,
@@ -145,7 +145,7 @@ def _trainable(meta: dict[str, Any], shape: HatchlingConfig) -> Trainable:
 
 
 def _check_out(out: str) -> None:
-    """Raise a ValueError if a folder holds a run, even one that was killed before it saved."""
+    """Raise a ValueError if a folder holds a run, even a run that was killed before it saved."""
     folder = Path(out).expanduser()
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{out} is a file: choose another --out")

@@ -74,7 +74,7 @@ class PretrainJob:
         stored = rows_of_other_python(saved)
         data = prepare(self.config.data, stored)
         if saved and stored and data.fingerprint == saved["data_fingerprint"]:
-            self.meta["python"] = saved.get("python") or ""  # whose library the rows still are
+            self.meta["python"] = saved.get("python") or ""  # the rows come from its library
         self._mixture = data if isinstance(data, MixtureData) else None
         return data
 
@@ -146,7 +146,7 @@ class PretrainJob:
 def make_run(config: RunConfig) -> Trainable:
     """Check a config, and make the static side of its run's state.
 
-    No parameter is allocated. A fork policy from outside this library forks a few random rows.
+    No parameter is allocated. A fork policy from outside this library is tested on random rows.
 
     Raises:
         ValueError: The batch does not divide over micro-batches and mesh, the tokenizer has more
@@ -174,7 +174,7 @@ def make_run(config: RunConfig) -> Trainable:
         config.attention,
         TRAINED[config.train],
     )
-    if not config.dry_run:  # which may be of a run on another machine: its plan says the memory
+    if not config.dry_run:  # a dry run may be for another machine: its plan says the memory
         training_memory(trainable, config.batch_size, config.data.seq_len).check()
     return trainable
 
@@ -182,7 +182,8 @@ def make_run(config: RunConfig) -> Trainable:
 def _check_budget(model: ModelConfig, seq_len: int) -> None:
     """Raise a ValueError if a policy from outside this library keeps more than its capacity.
 
-    It forks random rows of the run's length. Policies of originals that compete are not checked.
+    The policy is tested on random rows of the run's length. Without `forced_keep`, where originals
+    compete with forks, policies are not checked.
     """
     policy = model.policy
     if type(policy).__module__.startswith("thoughtbubbles.") or not model.forced_keep:
@@ -194,12 +195,12 @@ def _check_budget(model: ModelConfig, seq_len: int) -> None:
 
 
 def on_weights(config: RunConfig) -> RunConfig:
-    """Set the config's model and tokenizer to those of the pretrained weights that it starts from.
+    """Set a config's model and tokenizer from the pretrained weights that the run starts from.
 
-    A copy of the tokenizer is stored in the cache of prepared data. The weights are not read.
+    A copy of the tokenizer is stored in the cache of prepared data. The parameters are not read.
 
     Returns:
-        New config; without `init.weights` the config as it is.
+        New config; the unchanged config if `init.weights` is empty.
 
     Raises:
         ValueError: The weights don't exist or have another architecture, or the config itself sets

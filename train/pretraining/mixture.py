@@ -1,4 +1,4 @@
-"""Pretraining on a mixture: the loss of each source is measured beside the training loss."""
+"""Pretraining on a mixture: the loss and the metrics of each source beside the training loss."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,22 +13,22 @@ from train.engine.step import Loss
 
 _NATS, _TARGETS = "mixture_nats", "mixture_targets"
 SOURCE_SUMS = frozenset((_NATS, _TARGETS))
-"""Names of the sums over each source's rows; they are added up over the steps between log lines,
-since a step may have no row of a source."""
+"""Names of the sums over each source's rows. The sums are added up over the steps between log
+lines, since a step may have no row of a source."""
 
 
 def mixture_loss(num_sources: int) -> Loss:
     """Make the `Loss` of a mixture's rows, which also sums nats and targets of each source.
 
-    The loss itself is the same as without sources. The sums are left out if the model's loss is not
-    a sum of `token_losses` (`Architecture.loss_by_token`).
+    The loss itself is the same as for a single corpus. The sums of each source are left out if the
+    model's loss is not a sum of `token_losses` (`Architecture.loss_by_token`).
 
     Args:
         num_sources: Number of sources.
 
     Returns:
-        Loss of a batch with `tokens`, `[B, T + 1]` int32, and `source`, the index `[B]` int32 of
-        each row's source.
+        Loss of a batch, a mapping with `tokens`, `[B, T + 1]` int32, and `source`, the index `[B]`
+        int32 of each row's source.
     """
 
     def loss(
@@ -57,14 +57,15 @@ def mixture_metrics(
 
     Args:
         data: Mixture that the run reads.
-        sums: Sums that the loss returned in a step, in which the `SOURCE_SUMS` are totals over all
-            steps since the last metrics.
+        sums: Mapping from name to sum that the loss returned in a step, in which the `SOURCE_SUMS`
+            are totals over all steps since the last metrics.
         sequences: Number of sequences that the run has read.
 
     Returns:
-        Metrics by name, and the remaining sums. The metrics are `source/NAME/share` and
-        `source/NAME/epochs` of the data read so far, and `source/NAME/loss`, the mean over the
-        source's targets, which is left out for a source without rows in these steps.
+        Mapping from name to metric, and the sums other than `SOURCE_SUMS`. The metrics are
+        `source/NAME/share` and `source/NAME/epochs` of the data read so far, and
+        `source/NAME/loss`, the mean over the source's targets, which is left out for a source
+        without rows in these steps.
     """
     metrics: dict[str, float] = {}
     for name, (share, epochs) in data.progress(sequences).items():
