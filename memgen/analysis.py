@@ -45,12 +45,12 @@ class Memories(ShortRepr):
 class LatentRecorder:
     """Recorder of latents and trigger decisions over several batches, with `save` and `load`.
 
-    `R` is the number of rows recorded so far, `T` the maximum number of new tokens of a row.
+    `R` is the number of rows recorded so far, `T` the maximum number of new tokens per row.
 
     Attributes:
         decisions: `[R, T]` int8, decision before each new token: -1 none, 0 skipped, 1 invoked.
             Shorter batches are padded with -1.
-        count: `[R]` int32, number of new tokens of each row.
+        count: `[R]` int32, number of new tokens in each row.
         row_tag: `[R]` strings, tag of each row.
     """
 
@@ -332,7 +332,7 @@ def invocation_histogram(
 
     Args:
         decisions: `[R, T]` int8 decisions of `R` rows (`LatentRecorder.decisions`).
-        count: `[R]` int32, number of new tokens of each row (`LatentRecorder.count`).
+        count: `[R]` int32, number of new tokens in each row (`LatentRecorder.count`).
         tags: `[R]` tag of each row (`LatentRecorder.row_tag`).
         bins: Number of equally wide bins.
 

@@ -80,7 +80,7 @@ class DecoderBackbone(Protocol):
 
         Args:
             x: `[B, T, D]` vectors, padded on the right.
-            length: `[B]` int32, number of real vectors of each row; all `T` by default.
+            length: `[B]` int32, number of real vectors in each row; all `T` by default.
             positions: `[B, T]` int32, position of each vector; 0 to `T - 1` by default. Callers
                 pass `positions` only together with `visible` and without `length`, to weave all
                 events in one forward pass (`latents_see_latents=False`).
@@ -105,7 +105,7 @@ class DecoderBackbone(Protocol):
         Args:
             cache: Cache of the earlier vectors, from `init_cache` or `extend`; it is not modified.
             x: `[B, C, D]` up to `C` new vectors of each row, padded on the right.
-            length: `[B]` int32, number of real new vectors of each row; 0 leaves a row unchanged.
+            length: `[B]` int32, number of real new vectors in each row; 0 leaves a row unchanged.
             fresh: Whether the caller guarantees that the cache is empty (static).
 
         Returns:

@@ -131,7 +131,7 @@ class MemGenConfig:
         weaver: Sizes and options of the weaver.
         trigger: Sizes and options of the trigger; None for a model without a learned trigger, which
             needs a fixed policy such as `memgen.AlwaysInvoke`.
-        max_inference_events: Maximum number of events of a response (N), not counting the event
+        max_inference_events: Maximum number of events per response (N), not counting the event
             before its first token.
         insertion: Rule that selects the boundaries of a training text that get latents: the "first"
             N boundaries, or a "random" selection of up to N boundaries.
@@ -176,7 +176,7 @@ class MemGenConfig:
 
     @property
     def max_latents(self) -> int:
-        """Maximum number of latents of a response, over all its events."""
+        """Maximum number of latents per response, over all its events."""
         return (
             self.weaver.prompt_latents + self.max_inference_events * self.weaver.inference_latents
         )

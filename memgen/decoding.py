@@ -134,9 +134,9 @@ def begin(
     Args:
         memgen: Model that will respond.
         tokens: `[B, C]` int32 token ids of prompts, padded on the right to `C`.
-        length: `[B]` int32, number of real tokens of each prompt.
+        length: `[B]` int32, number of real tokens in each prompt.
         keys: `[B]` PRNG keys, one for each row.
-        max_tokens: Maximum number of tokens of a row, responses included.
+        max_tokens: Maximum number of tokens per row, responses included.
         max_responses: Maximum number of responses for whose latents the session has capacity.
         request: Request whose retriever determines the capacity for retrieved tokens; None for a
             session without retrieval.
@@ -204,11 +204,11 @@ def replay(
     Args:
         memgen: Model that wove the latents.
         tokens: `[B, C]` int32 token ids of texts, padded on the right to `C`.
-        length: `[B]` int32, number of real tokens of each text.
+        length: `[B]` int32, number of real tokens in each text.
         plan: Plan of `E` events, whose points are the positions of the latents in the texts.
         latents: `[B, E, K, D]` latents of each event, up to `K` (see `Response.latents`).
         keys: `[B]` PRNG keys, one for each row.
-        max_tokens: Maximum number of tokens of a row, texts included.
+        max_tokens: Maximum number of tokens per row, texts included.
         max_responses: Maximum number of responses for whose latents the session has capacity,
             including the responses that are part of the texts.
 

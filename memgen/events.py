@@ -80,7 +80,7 @@ class Loop(ShortRepr):
     """State of the generation loop between two steps.
 
     Attributes:
-        events: `[B]` int32, number of events of each row so far, not counting the event before the
+        events: `[B]` int32, number of events in each row so far, not counting the event before the
             first token.
         waiting: `[B]` int32, number of steps that each row has waited to weave since the row
             invoked the weaver, the step of the invocation included; 0 for rows that do not wait.

@@ -232,7 +232,7 @@ def plan_from_decisions(
     Args:
         decisions: Trigger's decision before each new token: 1 invoked, 0 skipped, -1 none
             (`Response.decisions`).
-        prompt_length: Number of tokens of each prompt.
+        prompt_length: Number of tokens in each prompt.
         config: Config of the MemGen that generated the texts.
 
     Raises:

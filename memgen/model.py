@@ -52,7 +52,7 @@ class Woven(NamedTuple):
     Attributes:
         stream: `[B, S, D]` input vectors of the reasoner, padded on the right: `S = L + E*K` for
             `L` tokens, `E` events and `K` latent slots of an event.
-        length: `[B]` int32, number of real vectors of each row, tokens and latents.
+        length: `[B]` int32, number of real vectors in each row, tokens and latents.
         latents: `[B, E, K, D]` latents of each event.
     """
 
@@ -251,7 +251,7 @@ class MemGen(Module):
         """Choose how `weave` computes events whose context includes the latents of earlier events.
 
         Args:
-            sizes: Number of rows, number of tokens of a row, and number of events of a row.
+            sizes: Number of rows, number of tokens per row, and number of events per row.
             dropout: Whether `weave` is called with a dropout key.
             shards: Number of shards into which the rows are split over devices.
 

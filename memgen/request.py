@@ -77,7 +77,7 @@ def make_request(
 
     Args:
         memgen: Model that will respond.
-        max_new_tokens: Maximum number of new tokens of a row.
+        max_new_tokens: Maximum number of new tokens per row.
         policy: Trigger policy, which decides at each boundary whether to weave.
         temperature: Sampling temperature; 0 takes the most probable token.
         stop: Token ids that end a row.

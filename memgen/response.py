@@ -26,7 +26,7 @@ class Response(ShortRepr):
     Attributes:
         tokens: `[B, T]` int32 new token ids, padded on the right with 0. The stop id that ended a
             row is included.
-        count: `[B]` int32, number of new tokens of each row.
+        count: `[B]` int32, number of new tokens in each row.
         log_probs: `[B, T]` float32, log-probability of each new token at the sampling temperature
             (1 if greedy).
         decisions: `[B, T]` int8, decision before each new token: -1 none, 0 skipped, 1 invoked.
@@ -49,7 +49,7 @@ class Response(ShortRepr):
         Args:
             memgen: Model that will respond.
             batch: Number of rows.
-            capacity: Maximum number of new tokens of a row.
+            capacity: Maximum number of new tokens per row.
             vector: Array or `jax.ShapeDtypeStruct` with the width and dtype of latents.
         """
         config = memgen.config

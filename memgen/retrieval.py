@@ -34,7 +34,7 @@ class Retriever(Protocol):
         Args:
             ids: `[B, T]` int32 token ids of each row's text so far (prompt, responses, and tokens
                 from outside), padded on the right.
-            length: `[B]` int32, number of real tokens of each row.
+            length: `[B]` int32, number of real tokens in each row.
             queried: `[B]` bool, True for rows that need a snippet. A row that waits to weave (see
                 `memgen.decoding`) may be queried several times with the same text.
 

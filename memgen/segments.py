@@ -32,7 +32,7 @@ class Schedule(NamedTuple):
     A schedule depends on the batch's shape alone.
 
     Attributes:
-        size: Number of vectors of each row that a round processes, queries included.
+        size: Number of vectors in each row that a round processes, queries included.
         rounds: Maximum number of rounds that a row can need.
     """
 
@@ -73,7 +73,7 @@ def schedule_for(
         decoder: The weaver's `DecoderBackbone`.
         reasoner: The reasoner, a `DecoderBackbone`, whose hidden states are the weaver's input with
             `context="hidden"`.
-        sizes: Number of rows, number of tokens of a row, and number of events of a row.
+        sizes: Number of rows, number of tokens per row, and number of events per row.
         shards: Number of shards into which the rows are split over devices.
 
     Returns:

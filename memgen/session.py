@@ -25,7 +25,7 @@ class DecoderState(ShortRepr):
 
     Attributes:
         cache: Pytree from the decoder's `init_cache` or `extend`.
-        length: `[B]` int32, number of vectors of each row that the cache holds.
+        length: `[B]` int32, number of vectors in each row that the cache holds.
         hidden: `[B, D]`, hidden state at the last vector that the cache holds.
     """
 
@@ -55,7 +55,7 @@ class DecoderState(ShortRepr):
             decoder: The `DecoderBackbone` to which the cache belongs.
             fetch: Function from indices `[B, C]` of `C` input vectors in each row to these vectors,
                 `[B, C, D]`.
-            target: `[B]` int32, number of vectors of each row that the cache should hold.
+            target: `[B]` int32, number of vectors in each row that the cache should hold.
             rows: `[B]` bool, True for rows that must reach their targets.
         """
 
@@ -90,11 +90,11 @@ class DecoderState(ShortRepr):
             decoder: The `DecoderBackbone` to which the cache belongs.
             fetch: Function from indices `[B, C]` of `C` input vectors in each row to these vectors,
                 `[B, C, D]`.
-            target: `[B]` int32, number of vectors of each row that the cache should hold.
+            target: `[B]` int32, number of vectors in each row that the cache should hold.
             rows: `[B]` bool, True for rows that must reach their targets.
             queries: `[B, Q, D]` up to `Q` vectors that follow the target in each row, padded on the
                 right.
-            count: `[B]` int32, number of real queries of each row.
+            count: `[B]` int32, number of real queries in each row.
 
         Returns:
             Hidden states `[B, Q, D]` of the queries, arbitrary where `rows` is False, and the
@@ -141,7 +141,7 @@ class Session(ShortRepr):
 
     Attributes:
         tokens: `[B, N]` int32 token ids, without latents; `N` is the maximum number of tokens.
-        count: `[B]` int32, number of real tokens of each row.
+        count: `[B]` int32, number of real tokens in each row.
         vectors: `[B, S, D]` input vectors of the reasoner (embedded tokens and latents); None if
             neither the weaver nor the trigger takes these vectors as input.
         hidden: `[B, S, D]` hidden states of the reasoner; None if the weaver does not take hidden
@@ -152,7 +152,7 @@ class Session(ShortRepr):
         trigger: State of the trigger's decoder, updated at decisions only; None if the trigger has
             no decoder.
         keys: `[B]` PRNG keys, from which all random draws of a row are derived.
-        responses: `[B]` int32, number of responses of each row so far.
+        responses: `[B]` int32, number of responses in each row so far.
         capacity: Maximum number `S` of tokens and latents of a row (static).
         snippet_capacity: Maximum number of retrieved tokens of an event (static).
     """
@@ -183,7 +183,7 @@ class Session(ShortRepr):
         Args:
             memgen: Model that the session is for.
             keys: `[B]` PRNG keys, one for each row.
-            max_tokens: Maximum number of tokens of a row.
+            max_tokens: Maximum number of tokens per row.
             max_responses: Maximum number of responses for whose latents there is capacity.
             snippet_capacity: Maximum number of retrieved tokens of an event.
         """
@@ -369,8 +369,8 @@ def check_capacity(session: Session, tokens: Any, latents: int = 0) -> None:
 
     Args:
         session: Session that is to be extended.
-        tokens: Number of new tokens of each row, `[B]` or a scalar.
-        latents: Number of new latents of each row that gets new tokens, `[B]` or a scalar.
+        tokens: Number of new tokens in each row, `[B]` or a scalar.
+        latents: Number of new latents in each row that gets new tokens, `[B]` or a scalar.
     """
     if isinstance(tokens, Tracer) or isinstance(session.count, Tracer):
         return
@@ -423,7 +423,7 @@ def last_hidden(hidden: jax.Array, count: jax.Array, before: jax.Array) -> jax.A
 
     Args:
         hidden: `[B, C, D]` hidden states of `C` vectors.
-        count: `[B]` int32, number of real vectors of each row.
+        count: `[B]` int32, number of real vectors in each row.
         before: `[B, D]` hidden state to return for rows with a count of 0.
     """
     last = take(hidden, jnp.maximum(count - 1, 0)[:, None])[:, 0]

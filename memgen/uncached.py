@@ -19,7 +19,7 @@ class Rows(ShortRepr):
 
     Attributes:
         vectors: `[B, N, D]` vectors with capacity `N`, padded on the right.
-        length: `[B]` int32, number of real vectors of each row.
+        length: `[B]` int32, number of real vectors in each row.
     """
 
     vectors: jax.Array

@@ -31,7 +31,7 @@ class Snippets(NamedTuple):
     Attributes:
         vectors: `[B, C, D]` the reasoner's embeddings of up to `C` retrieved tokens, padded on the
             right.
-        length: `[B]` int32, number of real vectors of each row.
+        length: `[B]` int32, number of real vectors in each row.
     """
 
     vectors: jax.Array
@@ -223,7 +223,7 @@ class Weaver(Module):
             backbone: Decoder with the weaver's adapter.
             stream: `[B, S, d_r]` context before the event: up to `S` input vectors or hidden states
                 of the reasoner, of width `d_r`, padded on the right.
-            length: `[B]` int32, number of real context vectors of each row.
+            length: `[B]` int32, number of real context vectors in each row.
             kind: `[B]` int32, kind of each row's event, `PROMPT` or `INFERENCE`.
             snippets: Retrieved text, placed between the context and the queries, or None.
 
@@ -247,7 +247,7 @@ class Weaver(Module):
         """Make the vectors that follow the context in the weaver's input: snippets and queries.
 
         In each row, the real snippet vectors come first, then the `K` queries, then padding. So the
-        number of valid vectors of a row is its number of snippet vectors plus `K`.
+        number of valid vectors per row is its number of snippet vectors plus `K`.
 
         Args:
             kind: `[B]` int32, kind of each row's event, `PROMPT` or `INFERENCE`.

@@ -333,11 +333,11 @@ class Architecture(Module):
         return {}
 
     def apply_lora(self, adapter: Mapping[str, Any]) -> Any:
-        """Return the model with adapters, by name in `lora_targets`; arrays are not copied."""
+        """Return the model with adapters, keyed as `lora_targets`; arrays are not copied."""
         raise ValueError(f"{type(self).__name__} has no linear layers that take an adapter")
 
     def merge_lora(self, deltas: Mapping[str, jax.Array]) -> Any:
-        """Return the model with `deltas`, `[*stack, inputs, outputs]` by name, added to kernels."""
+        """Return the model with `deltas`, `[*stack, inputs, outputs]`, added to its kernels."""
         raise ValueError(f"{type(self).__name__} has no linear layers that take an adapter")
 
     @property
@@ -367,26 +367,26 @@ class Architecture(Module):
     # Statistics of training and evaluation.
 
     def statistics(self, output: Any) -> dict[str, jax.Array]:
-        """Return sums over a batch, by name, from which `step_metrics` computes metrics."""
+        """Return sums over a batch, keyed by name, from which `step_metrics` computes metrics."""
         return {}
 
     def row_statistics(self, output: Any) -> dict[str, jax.Array]:
-        """Return the sums over each row, `[B]`, by name, that are reported as NAME_per_token."""
+        """Return sums over each row, `[B]`, keyed by name; reported as NAME_per_token."""
         return {}
 
     @classmethod
     def tracked_statistics(cls, tracked: Any) -> dict[str, jax.Array]:
-        """Return statistics, by name, of an nnx.State of `Tracked` variables."""
+        """Return statistics, keyed by name, of an nnx.State of `Tracked` variables."""
         return {}
 
     @classmethod
     def step_metrics(cls, config: Any, sums: Mapping[str, Any]) -> dict[str, Any]:
-        """Compute metrics, numbers or lists by name, from `statistics` and `tracked_statistics`."""
+        """Compute metrics, keyed by name, from sums of `statistics` and `tracked_statistics`."""
         return {}
 
     @classmethod
     def step_histograms(cls, config: Any, sums: Mapping[str, Any]) -> dict[str, np.ndarray]:
-        """Compute samples for histograms, by name, from `statistics` and `tracked_statistics`."""
+        """Compute samples for TensorBoard histograms, keyed by name, from the same sums."""
         return {}
 
     @classmethod

@@ -77,7 +77,7 @@ class Cache(ShortRepr):
     """State of a causal model after the tokens so far; axis 0 of every array is the batch.
 
     Attributes:
-        length: `[B]` int32, number of tokens of each row.
+        length: `[B]` int32, number of tokens in each row.
         groups: KV cache of each group of blocks between fork layers (`ModelConfig.groups`).
         forks: State of each fork layer.
         trace: Number and mean score of the streams of each token so far.
@@ -94,7 +94,7 @@ class Cache(ShortRepr):
 
     @property
     def streams(self) -> Int[Array, " B"]:
-        """Number of live streams of each row in the last block, int32."""
+        """Number of live streams in each row in the last block, int32."""
         return self.forks[-1].used if self.forks else self.length * self.config.copies
 
 
@@ -153,7 +153,7 @@ def extend(
         model: Model that the cache was made for.
         cache: Cache of the tokens so far.
         tokens: Token ids, padded on the right.
-        length: Number of real tokens of each row; all `C` by default; 0 leaves a row unchanged.
+        length: Number of real tokens in each row; all `C` by default; 0 leaves a row unchanged.
 
     Returns:
         The streams of the new tokens after the last block, in which token 0 is the first of
@@ -181,7 +181,7 @@ def prefill(
         model: Model that the cache was made for.
         cache: Empty cache.
         tokens: Token ids, padded on the right.
-        length: Number of real tokens of each row; all `C` by default.
+        length: Number of real tokens in each row; all `C` by default.
 
     Returns:
         Float32 logits after each row's last token (zeros for a row of length 0), and the
@@ -298,7 +298,7 @@ def advance(
         layers: Blocks of the model, unstacked (`model.layers()`).
         cache: Cache of the tokens so far.
         x: Input residuals, such as embedded tokens, padded on the right.
-        length: Number of real vectors of each row.
+        length: Number of real vectors in each row.
         fresh: Whether the cache is known to be empty (static), which allows a faster pass.
 
     Returns:

@@ -291,7 +291,7 @@ class ModelConfig(ArchitectureConfig):
 
         Args:
             rows: Number of rows.
-            num_tokens: Number of new tokens of each row.
+            num_tokens: Number of new tokens in each row.
         """
         slots = rows * num_tokens * self.copies * 2 ** len(self.fork_layers)
         tiles = rows * self.num_heads * QUERY_TILE * KEY_TILE

@@ -23,7 +23,7 @@ LOWEST_LOG_SCORE = -20.0
 GATE_UNIT = 10.0
 LOWEST_GATE = 1e-12
 LARGEST_MEMBERSHIP = 2**18
-"""Maximum number of tokens times slots of a row for merges by a matrix `[T, S]`; longer rows are
+"""Maximum number of tokens times slots per row for merges by a matrix `[T, S]`; longer rows are
 merged without the matrix."""
 
 
@@ -268,8 +268,8 @@ def bubble_sum(
     """Sum values over the live streams of each token, in time and memory O(S log max_bubble).
 
     Args:
-        streams: Streams of more than one token, dead slots last.
-        values: Scalar or vector of each stream.
+        streams: Streams of rows of several tokens, with dead slots last.
+        values: Scalar or vector of each stream; those of dead slots are ignored.
         max_bubble: Static upper bound on the number of streams of a token; `S` by default.
 
     Returns:

@@ -84,7 +84,7 @@ class Geometry(ShortRepr):
         )
 
     def where(self, rotary: jax.Array | bool | None) -> Geometry:
-        """Return the geometry of one block, with RoPE angles of 0 if `rotary` is false."""
+        """Return one block's geometry: RoPE angles are 0 if `rotary` is false, kept if None."""
         if rotary is None:
             return self
         return dataclasses.replace(

@@ -108,7 +108,7 @@ class Thoughtbubbles(ForkingDecoder):
         return statistics.fork_statistics(output)
 
     def row_statistics(self, output: Output) -> dict[str, jax.Array]:
-        """Return `streams [B]` int32, the number of live streams of each row in the last block."""
+        """Return `streams [B]` int32, the number of live streams in each row in the last block."""
         return {"streams": output.streams.alive.sum(axis=1)}
 
     @classmethod

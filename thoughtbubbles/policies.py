@@ -28,7 +28,7 @@ class TopK(PolicyDefaults):
 
     Attributes:
         ratio: Streams per token, ρ; a row of `n` tokens keeps up to `ceil(ratio * n)` candidates.
-        streams: Maximum number of streams of a row of any length, which replaces the ratio; None
+        streams: Maximum number of streams per row of any length, which replaces the ratio; None
             uses the ratio.
     """
 

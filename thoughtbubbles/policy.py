@@ -60,7 +60,7 @@ class Policy(Protocol):
         ...
 
     def capacity(self, num_tokens: int) -> int:
-        """Return the maximum number of streams of a row of `num_tokens` tokens, a Python int."""
+        """Return the maximum number of streams per row of `num_tokens` tokens, a Python int."""
         ...
 
     def keep(self, candidates: Candidates) -> Bool[Array, "B 2*S"]:

@@ -33,7 +33,8 @@ class RopeScaling:
             frequency ("yarn", arXiv 2309.00071).
         beta_slow: Frequencies of channel pairs with at most this many turns in the original context
             are divided by `factor` ("yarn").
-        attention_factor: Factor of cosines and sines ("yarn"); None means 0.1 ln(factor) + 1.
+        attention_factor: Factor of cosines and sines ("yarn"); None means 0.1 ln(factor) + 1, or 1
+            for a factor of at most 1.
     """
 
     rope_type: Literal["linear", "llama3", "yarn"]

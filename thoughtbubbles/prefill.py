@@ -42,7 +42,7 @@ def in_blocks(model: Architecture, rows: int, tokens: int) -> bool:
     Args:
         model: Model of any architecture.
         rows: Number of rows.
-        tokens: Number of tokens of each row, padding included.
+        tokens: Number of tokens in each row, padding included.
     """
     return model.cacheable and large(model, rows, tokens)
 
@@ -98,7 +98,7 @@ def read_blocks(
             `[B]`, and the slice of the token axis that the block covers.
         carry: Carry of the first step, such as an empty cache.
         tokens: Token ids `[B, T]` int32, padded on the right.
-        length: Number of real tokens of each row, `[B]` int32.
+        length: Number of real tokens in each row, `[B]` int32.
         progress: Function to call when the device has finished a block; None dispatches the blocks
             without waiting.
 
@@ -131,7 +131,7 @@ def prefill(
     Args:
         model: Model that is `cacheable`, preferably the result of its `for_decoding`.
         tokens: Token ids `[B, T]` int32, padded on the right.
-        length: Number of real tokens of each row, `[B]` int32, 1 or more.
+        length: Number of real tokens in each row, `[B]` int32, 1 or more.
         max_tokens: Maximum number of tokens in a row of the cache.
         progress: Function to call after each block, or None.
 

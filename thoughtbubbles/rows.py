@@ -82,7 +82,7 @@ def left_align(
         mask: Whether each token is real, `[B, T]` bool or integers.
 
     Returns:
-        Aligned tokens `[B, T, ...]`, with padding on the right; number of real tokens of each row,
+        Aligned tokens `[B, T, ...]`, with padding on the right; number of real tokens in each row,
         `[B]` int32; and `rank [B, T]` integers, the new index of each real token.
 
     Raises:

@@ -70,7 +70,7 @@ class SitedModel(Protocol):
 
         Args:
             inputs: Token ids `[B, T]` int32 or vectors `[B, T, D]`, padded on the right.
-            length: Number of real tokens of each row, `[B]` int32; None means all `T`.
+            length: Number of real tokens in each row, `[B]` int32; None means all `T`.
             visit: Hook to call at each site.
 
         Returns:
@@ -167,7 +167,7 @@ class Recorder:
     Args:
         sites: Names of the sites to record.
         edit: Mapping from site to the edit of its activation.
-        length: Number of real tokens of each row, `[B]` int32, if values may be vectors.
+        length: Number of real tokens in each row, `[B]` int32, if values may be vectors.
     """
 
     def __init__(

@@ -34,7 +34,7 @@ class Streams(ShortRepr):
         log_score: `[B, S]` float32 cumulative log-score of each stream, 0 at the input.
         token: `[B, S]` int32, index of each stream's input token, non-decreasing over live slots.
         alive: `[B, S]` bool, whether the slot holds a stream.
-        length: `[B]` int32, number of real tokens of each row.
+        length: `[B]` int32, number of real tokens in each row.
         first: `[B]` int32, number of tokens of the sequence before the row's token 0; 0 except in
             cached decoding.
         num_tokens: Static number `T` of tokens of a row, padding on the right included.
@@ -64,7 +64,7 @@ class Streams(ShortRepr):
 
         Args:
             x: Residuals of the tokens, padded on the right.
-            length: Number of real tokens of each row; all `T` by default.
+            length: Number of real tokens in each row; all `T` by default.
             copies: Number of equal streams of each token.
             first: Number of tokens of the sequence before these tokens; 0 by default.
 

@@ -28,7 +28,7 @@ def assert_budget(policy: Policy, *, rows: int = 4, num_tokens: int = 12, seed: 
     Args:
         policy: Policy under test.
         rows: Number of random rows.
-        num_tokens: Number of tokens of a row.
+        num_tokens: Number of tokens per row.
         seed: Seed of the rows and the parameters.
     """
     x = _rows(rows, num_tokens, seed)
@@ -55,7 +55,7 @@ def assert_causal(policy: Policy, *, rows: int = 8, num_tokens: int = 12, seed: 
     Args:
         policy: Policy under test.
         rows: Number of random rows.
-        num_tokens: Number of tokens of a row.
+        num_tokens: Number of tokens per row.
         seed: Seed of the rows and the parameters.
     """
     x = _rows(rows, num_tokens, seed)
@@ -86,7 +86,7 @@ def assert_cached_is_parallel(
     Args:
         policy: Policy under test, with `init_state` and `keep_next` (`CausalPolicy`).
         rows: Number of random rows, each of which is split at other tokens.
-        num_tokens: Number of tokens of a row.
+        num_tokens: Number of tokens per row.
         seed: Seed of the rows and the parameters.
 
     Raises:
@@ -131,7 +131,7 @@ def assert_decoder_causal(
     Args:
         model: Model under test, with random parameters.
         rows: Number of random rows.
-        num_tokens: Number of tokens of a row.
+        num_tokens: Number of tokens per row.
         seed: Seed of the rows.
     """
     tokens, other = _token_rows(model, rows, num_tokens, seed)
@@ -157,7 +157,7 @@ def assert_decoder_cached_is_parallel(
     Args:
         model: Model under test, with random parameters.
         rows: Number of random rows, each of which is split at other tokens.
-        num_tokens: Number of tokens of a row.
+        num_tokens: Number of tokens per row.
         seed: Seed of the rows.
     """
     tokens, _ = _token_rows(model, rows, num_tokens, seed)

@@ -17,8 +17,8 @@ class HatchlingConfig(ArchitectureConfig):
 
     Attributes:
         vocab_size: Number of token ids of the embedding (V).
-        embed_dim: Width of the vectors between neurons, which is the rank of the connections of
-            neurons (d).
+        embed_dim: Width of the residual vectors, from which neurons are computed and to which they
+            are mapped back; the connections between neurons thus have at most this rank (d).
         num_neurons: Number of neurons (n), a multiple of twice `num_heads`.
         num_layers: Number of times the shared layer is applied (L).
         num_heads: Number of heads that split the neurons (H).
@@ -35,11 +35,11 @@ class HatchlingConfig(ArchitectureConfig):
             None processes whole rows at once.
         separator: Token id that begins a document. It empties the state and restarts positions at
             0, so that documents packed in a row are independent. None for rows of one text each.
-        truncate: Number of tokens of a segment of truncated backpropagation. The pretraining loss
+        truncate: Number of tokens per segment of truncated backpropagation. The pretraining loss
             processes longer rows segment by segment, without gradients through the state between
             segments, so that activations of only one segment are stored. None backpropagates
             through whole rows.
-        context_length: Number of tokens of a row in training, if known.
+        context_length: Number of tokens per row in training, if known.
         dtype: Dtype of the computation; parameters, phases and states are float32.
         remat: Activations that the backward pass recomputes: "full" for all activations within a
             layer, or "none". In the paper's form, the neurons between layers are always stored.

@@ -88,7 +88,7 @@ class ForkingHatchlingConfig(HatchlingConfig):
         return list(zip(cuts[:-1], cuts[1:], strict=True))
 
     def slots(self, num_tokens: int) -> list[int]:
-        """Number of stream slots of a row in each range of layers (see `groups`)."""
+        """Number of stream slots per row in each range of layers (see `groups`)."""
         counts = [num_tokens]
         for _ in self.fork_layers:
             counts.append(min(2 * counts[-1], self.policy.capacity(num_tokens)))
@@ -135,7 +135,7 @@ class ForkingState(State):
 
     Attributes:
         forks: State of each fork layer.
-        max_tokens: Maximum number of tokens of a row (static); the states of policies have this
+        max_tokens: Maximum number of tokens per row (static); the states of policies have this
             capacity.
     """
 

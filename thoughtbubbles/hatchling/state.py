@@ -27,7 +27,7 @@ class State(ShortRepr):
     The size of the state does not depend on the number of tokens.
 
     Attributes:
-        length: Number of tokens of each row since its last document began, `[B]` int32.
+        length: Number of tokens in each row since its last document began, `[B]` int32.
         synapses: Sum of outer products of rotated neurons and values in each layer,
             `[L, B, H, N, d]` float32 (ρ of the paper), for `L` layers, `N` neurons per head and
             width `d`.

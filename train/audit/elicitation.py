@@ -17,7 +17,7 @@ from train.models.load import LanguageModel
 from train.models.text_memory import check_text_memory, memory_errors
 
 ROWS = 64
-"""Maximum number of texts of a batch, which is exceeded if one conversation has more samples."""
+"""Maximum number of texts per batch, which is exceeded if one conversation has more samples."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +90,7 @@ def elicit(
         lm: Model whose tokenizer has a chat template.
         organism: Organism that is audited.
         method: Black-box method.
-        max_new_tokens: Maximum number of generated tokens of a text.
+        max_new_tokens: Maximum number of generated tokens per text.
         seed: Seed of samples and noise.
         fuzz: Noise of a fuzzed method; ignored if the method is not fuzzed.
 
@@ -182,7 +182,7 @@ def sample(
 def _answer_begins(
     tokenizer: PretrainedTokenizer, messages: Sequence[Message], row: Sequence[int], role: str
 ) -> int:
-    """Return the number of ids of a row that precede the assistant's last message."""
+    """Return the number of ids per row that precede the assistant's last message."""
     if role == "user":  # the message before the open turn, if the assistant has said any
         spoken = [at for at, message in enumerate(messages) if message["role"] == "assistant"]
         if not spoken:

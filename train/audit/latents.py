@@ -55,7 +55,7 @@ def woven_rows(
         memgen: Latent memory with its reasoner.
         tokens: Token ids `[B, L]` int32, padded on the right.
         plan: Weaving events of each row. Each event stands before a token, which may be padding.
-        length: Number of real tokens of each row, `[B]` int32; None for all `L`.
+        length: Number of real tokens in each row, `[B]` int32; None for all `L`.
 
     Raises:
         ValueError: The reasoner has no sites, or the plan does not fit the tokens or the config.
@@ -85,7 +85,7 @@ def prompts_with_latents(
     Args:
         memgen: Latent memory with its reasoner.
         tokens: Token ids `[B, L]` int32 of prompts, padded on the right.
-        length: Number of real tokens of each prompt, `[B]` int32.
+        length: Number of real tokens in each prompt, `[B]` int32.
 
     Returns:
         Rows with the vectors of each prompt's tokens, followed by the latents.

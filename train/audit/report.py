@@ -42,7 +42,7 @@ class Settings:
     Attributes:
         methods: Names of methods: keys of `METHODS` (black box), keys of `READINGS` or "sae" (white
             box).
-        max_new_tokens: Maximum number of generated tokens of a text.
+        max_new_tokens: Maximum number of generated tokens per text.
         fuzz: Noise of the fuzzed methods.
         site: Name of the site that the methods of `READINGS` read.
         top: Number of tokens that a white-box method shows the auditor; for "sae", number of tokens
@@ -132,7 +132,7 @@ class AuditConfig:
 
     Attributes:
         methods: Names of the methods to run.
-        max_new_tokens: Maximum number of generated tokens of a text.
+        max_new_tokens: Maximum number of generated tokens per text.
         layer: Index of the layer that is read and fuzzed; by default the layer at three quarters of
             the depth.
         sigma: Standard deviation of the noise of fuzzing.
@@ -250,7 +250,7 @@ def main(config: ReportConfig) -> None:
 
 
 def options_of(config: ReportConfig, settings: Settings) -> dict[str, Any]:
-    """Return the options that each line of the rates repeats, by name."""
+    """Return the options that each line of the rates repeats, keyed by name."""
     return {
         "control": config.control, "layer": settings.fuzz.layer, "site": settings.site,
         "sigma": config.sigma, "unit": config.unit, "top": config.top,

@@ -30,7 +30,7 @@ def open_texts(lm: LanguageModel, corpus: str | None, seq_len: int | None) -> Pa
     Args:
         lm: Model with its tokenizer.
         corpus: Corpus, as in `DataConfig.corpus`; None for the corpus of the model's own run.
-        seq_len: Number of targets of a row; None for the length of the run's rows, or 256 if the
+        seq_len: Number of targets per row; None for the length of the run's rows, or 256 if the
             model has no run with a corpus.
 
     Raises:
@@ -113,7 +113,7 @@ def activation_of(model: Any, tokens: jax.Array, length: jax.Array, site: str) -
     Args:
         model: Model with sites.
         tokens: Token ids `[B, T]` int32 padded on the right, or vectors `[B, T, D]` in their place.
-        length: Number of real tokens of each row, `[B]` int32.
+        length: Number of real tokens in each row, `[B]` int32.
         site: Name of the site.
     """
     return _site_of(model, tokens, length, _Name(site))

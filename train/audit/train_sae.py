@@ -49,14 +49,14 @@ class SAEConfig:
         model: Pretrained weights in place of a checkpoint: "smollm2", a Hugging Face folder, or a
             .gguf file.
         corpus: Corpus on which activations are computed; by default the corpus of the run.
-        seq_len: Number of tokens of a row; by default as in the run, or 256 without a run.
+        seq_len: Number of tokens per row; by default as in the run, or 256 without a run.
         site: Name of the site, e.g. block_3; the block in the middle by default.
         streams: Streams of a forking model whose activations are used: "roots", "forks", or "all".
             With "all", densities count the activations of roots and forks together.
         features: Number of features; by default 16 times the width of the activations.
         k: Maximum number of active features of an activation.
         tokens: Number of activations to train on.
-        batch_size: Number of activations of a step.
+        batch_size: Number of activations per step.
         rows: Number of rows of a forward pass.
         buffer: Number of activations in the buffer that shuffles them.
         learning_rate: Learning rate of Adam; 2e-4 / sqrt(features / 2^14) by default.

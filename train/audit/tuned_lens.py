@@ -33,7 +33,7 @@ class TunedLensConfig:
         model: Pretrained weights in place of a checkpoint: "smollm2", a Hugging Face folder, or a
             .gguf file.
         corpus: Corpus of the texts; by default the corpus of the run.
-        seq_len: Number of tokens of a row; by default as in the run, or 256 without a run.
+        seq_len: Number of tokens per row; by default as in the run, or 256 without a run.
         steps: Number of optimizer steps.
         batch_size: Number of rows per step.
         learning_rate: Initial learning rate of Adam, which falls linearly to 0.

@@ -50,7 +50,7 @@ class Unfinished:
             self._lines.append(line.fields)
 
     def found(self, asked: Asked) -> dict[str, Finding]:
-        """Return the stored findings of a model and an organism, by the name of the method.
+        """Return the stored findings of a model and an organism, keyed by the name of the method.
 
         Args:
             asked: Model and organism of the findings.

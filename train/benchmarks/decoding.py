@@ -22,7 +22,7 @@ class DecodeBenchmark(ModelSizes):
             a .gguf file. With a pretrained model, the options of sizes and forks are ignored.
         num_kv_heads: Number of key/value heads of a block.
         vocab_size: Number of token ids.
-        batch_size: Number of rows of a batch.
+        batch_size: Number of rows per batch.
         ratio: Streams per token after the fork layers, `PrefixRank(ratio)`.
         fork_layers: Indices of the blocks in front of which streams fork.
         contexts: Context lengths: numbers of tokens in the cache when the timed steps begin. One

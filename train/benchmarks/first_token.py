@@ -23,7 +23,7 @@ class FirstTokenBenchmark:
         num_heads: Number of attention heads of a block.
         num_kv_heads: Number of key/value heads of a block.
         mlp_dim: Hidden width of the MLP.
-        batch_size: Number of rows of a batch.
+        batch_size: Number of rows per batch.
         prompts: Prompt lengths in tokens; one line is printed for each length.
         repeats: Number of rounds of each measurement; the smallest time is reported.
     """

@@ -31,7 +31,7 @@ class HatchlingBenchmark:
         num_layers: Number of times that the Hatchling's layer is applied.
         num_heads: Number of heads of both models.
         chunk: Number of tokens of a chunk of the Hatchling.
-        batch_size: Number of rows of a batch.
+        batch_size: Number of rows per batch.
         contexts: Context lengths: numbers of tokens of a training row, of a prefill, and in front
             of decoded tokens.
         longest: Maximum context length at which training steps and prefills are timed, because the

@@ -42,7 +42,7 @@ class MemGenBenchmark(ModelSizes):
         latents: Number of latents of a weaving event.
         weave: Fraction of token ids that are boundaries, after which memory is woven.
         batches: Batch sizes of generation, in rows; one line is printed for each size.
-        prompt: Number of tokens of a prompt.
+        prompt: Number of tokens per prompt.
         new_tokens: Number of tokens that are generated in each row.
         sft_batch: Number of rows of a training step.
         sft_tokens: Number of tokens of a training row.
@@ -195,7 +195,7 @@ def build(config: MemGenBenchmark, events: int, latents_see_latents: bool = True
 
     Args:
         config: Options of the benchmark.
-        events: Maximum number of events of a row, besides the event at the end of the prompt.
+        events: Maximum number of events per row, besides the event at the end of the prompt.
         latents_see_latents: Option `latents_see_latents` of `WeaverConfig`.
     """
     model = config.model_config(config.vocab_size, num_kv_heads=config.num_kv_heads)

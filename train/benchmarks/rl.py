@@ -24,8 +24,8 @@ class RLBenchmark(ModelSizes):
     Attributes:
         prompts: Prompt lengths in tokens; one line is printed for each length.
         new_tokens: Maximum number of tokens of a rollout.
-        problems: Number of prompts of a step.
-        num_generations: Number of rollouts of a prompt.
+        problems: Number of prompts per step.
+        num_generations: Number of rollouts per prompt.
         train: Parameters that are trained, "all" or a "lora" adapter.
         accumulate: Number of micro-batches that the rows of an update are divided into.
         repeats: Number of rounds of each measurement; the smallest time is reported.
@@ -54,7 +54,7 @@ class LongPrompts:
     """Task with random letters as prompts; the reward is a response's fraction of tokens below 128.
 
     Attributes:
-        length: Number of tokens of a prompt, including the separator at its beginning.
+        length: Number of tokens per prompt, including the separator at its beginning.
         name: Name of the task.
     """
 
@@ -115,7 +115,7 @@ def make_job(config: RLBenchmark, length: int, folder: str, **options: Any) -> R
 
     Args:
         config: Options of the benchmark.
-        length: Number of tokens of a prompt.
+        length: Number of tokens per prompt.
         folder: Folder of the run.
         options: Further fields of `RLConfig`.
     """
@@ -139,7 +139,7 @@ def best_step(job: RLJob, repeats: int) -> dict[str, float]:
     """Time `repeats` steps of a job, after a first step that compiles and is not counted.
 
     Returns:
-        Dict of "tokens", the mean number of generated tokens of a step, and of the smallest
+        Dict of "tokens", the mean number of generated tokens per step, and of the smallest
         "rollout_seconds" and "update_seconds" of a step.
     """
     state, steps = job.first_state(), []

@@ -17,8 +17,8 @@ class SelectionBenchmark(ModelSizes):
 
     Attributes:
         vocab_size: Number of token ids.
-        seq_len: Number of tokens of a row.
-        batch_size: Number of rows of a batch.
+        seq_len: Number of tokens per row.
+        batch_size: Number of rows per batch.
         ratio: Streams per token of each policy.
         fork_layers: Indices of the blocks in front of which streams fork.
         repeats: Number of timed calls of each function; the smallest time is reported.

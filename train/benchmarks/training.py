@@ -24,8 +24,8 @@ class TrainingBenchmark(ModelSizes):
 
     Attributes:
         vocab_size: Number of token ids.
-        seq_len: Number of tokens of a row.
-        batch_size: Number of rows of a batch.
+        seq_len: Number of tokens per row.
+        batch_size: Number of rows per batch.
         ratio: Streams per token after the fork layers, `PrefixRank(ratio)`.
         fork_layers: Indices of the blocks in front of which streams fork; by default the blocks at
             a quarter, half and three quarters of the depth.

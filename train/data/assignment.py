@@ -49,7 +49,7 @@ class Assignment:
 
     Args:
         pieces: Pieces of the weight schedule of S sources.
-        seq_len: Number of tokens of a sequence.
+        seq_len: Number of tokens per sequence.
 
     Attributes:
         bound: Upper bound, over all prefixes and all sources, on the difference between a source's

@@ -22,7 +22,7 @@ from train.data.reader import Batch, TrainReader, padded_batches
 from train.data.tokenizers import Tokenizer
 
 SHORTEST_ROW = 64
-"""Smallest number of targets to which the rows of a batch are shortened."""
+"""Smallest number of targets to which the rows per batch are shortened."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,12 +89,12 @@ class ChatRows:
 
     @property
     def seq_len(self) -> int:
-        """Number of targets of a row."""
+        """Number of targets per row."""
         return self.tokens.shape[1] - 1
 
     @functools.cached_property
     def lengths(self) -> np.ndarray:
-        """Number of tokens of each row `[N]`, without padding."""
+        """Number of tokens in each row `[N]`, without padding."""
         return (self.segment >= 0).sum(axis=1)
 
     def width(self, indices: np.ndarray | slice) -> int:
@@ -129,7 +129,7 @@ class ChatRows:
         """Yield batches, as `read` returns them, of rows that are evenly spaced over the split.
 
         Args:
-            batch_size: Number of rows of a batch. The last batch is filled up with rows of padding,
+            batch_size: Number of rows per batch. The last batch is filled up with rows of padding,
                 whose index in "rows" is -1.
             limit: Maximum number of rows to read; None reads all of them.
 
@@ -231,7 +231,7 @@ class ChatReader(TrainReader):
 
     Args:
         rows: Rows of the split.
-        global_batch: Number of rows of a batch over all processes.
+        global_batch: Number of rows per batch over all processes.
         seed: Seed of the shuffle.
         local_rows: Indices, within the global batch, of the rows that this process reads; None
             reads all rows.
@@ -317,7 +317,7 @@ def pack(lengths: Sequence[int], width: int) -> list[list[int]]:
 
     Args:
         lengths: Lengths of the texts in tokens, at most `width` each.
-        width: Number of tokens of a row.
+        width: Number of tokens per row.
 
     Returns:
         List of rows; each row is a list of the indices of its texts.

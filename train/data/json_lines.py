@@ -18,7 +18,7 @@ class JsonLine(NamedTuple):
         where: File, and number of the line, item or row, for error messages.
         number: Number of the line, of the item in a JSON array, or of the row in Arrow or Parquet,
             from 1.
-        fields: Fields of the object by name.
+        fields: Fields of the object keyed by name.
     """
 
     where: str

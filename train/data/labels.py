@@ -18,7 +18,7 @@ from train.data.splits import held_out as is_held_out
 from train.data.text_files import standard_library
 
 SEGMENT = 1024
-"""Number of characters of a segment."""
+"""Number of characters per segment."""
 
 _BUCKETS = 1 << 12
 _PENALTY = 1e-3
@@ -62,7 +62,7 @@ def segments(documents: Iterable[str], size: int = SEGMENT) -> Iterator[str]:
     Args:
         documents: Documents in any order. Documents shorter than half a segment are joined, with
             an empty line between them, and text beyond a full segment is dropped.
-        size: Number of characters of a segment. The last segment of a document may be shorter; a
+        size: Number of characters per segment. The last segment of a document may be shorter; a
             segment of less than half of `size` is dropped.
     """
     short = ""

@@ -384,7 +384,7 @@ def _exhausted(
 
 
 def check_bound(pieces: Sequence[Piece], seq_len: int) -> None:
-    """Raise a DataError if a source's count may be more than 2 from its weight's integral."""
+    """Raise a DataError if a source's number of sequences may differ by over 2 from its share."""
     bound = Assignment(pieces, seq_len).bound
     if bound > _LIMIT:
         raise DataError(
@@ -403,7 +403,7 @@ class MixtureReader(TrainReader):
 
     Args:
         data: Packed rows of the mixture.
-        global_batch: Number of rows of a batch over all processes, B.
+        global_batch: Number of rows per batch over all processes, B.
         seed: Seed of the shuffle within each source.
         local_rows: Indices, from 0 to B - 1, of the rows of a batch that this process reads; None
             reads all of them.

@@ -28,7 +28,7 @@ class PackedRows:
 
     Args:
         path: ArrayRecord file of the rows.
-        seq_len: Number of targets of a row.
+        seq_len: Number of targets per row.
         vocab_size: Size of the vocabulary that the rows were written with.
     """
 
@@ -100,7 +100,7 @@ def write_rows(
     Args:
         documents: Documents, in the order in which they are concatenated.
         tokenizer: Tokenizer of the documents.
-        seq_len: Number of targets of a row.
+        seq_len: Number of targets per row.
         path: ArrayRecord file to write.
         keep_tail: Whether the last tokens, if they do not fill a row, are padded to a row; False
             drops these tokens.

@@ -143,7 +143,7 @@ def pack(corpus: Corpus, tokenizer: Tokenizer, seq_len: int, folder: Path) -> No
     Args:
         corpus: Documents to pack.
         tokenizer: Tokenizer of the documents.
-        seq_len: Number of targets of a row.
+        seq_len: Number of targets per row.
         folder: Empty folder to write.
 
     Raises:

@@ -22,7 +22,7 @@ class TrainReader:
 
     Args:
         rows: Rows of the split.
-        global_batch: Number of rows of a batch over all processes, B.
+        global_batch: Number of rows per batch over all processes, B.
         seed: Seed of the shuffle.
         local_rows: Indices, from 0 to B - 1, of the rows of a batch that this process reads; None
             reads all of them.
@@ -91,7 +91,7 @@ def evaluation_batches(
 
     Args:
         rows: Rows of the split.
-        batch_size: Number of rows of a batch, b. The last batch is padded to b rows with rows of
+        batch_size: Number of rows per batch, b. The last batch is padded to b rows with rows of
             tokens -1 and 0 bytes.
         limit: Maximum number of rows to read; None reads all of them.
 
@@ -124,7 +124,7 @@ def padded_batches(
     Args:
         read: Function from row indices [b] to a batch, a mapping from name to array [b, ...].
         num_rows: Number of rows of the split.
-        batch_size: Number of rows of a batch, b; the last batch is padded to b rows.
+        batch_size: Number of rows per batch, b; the last batch is padded to b rows.
         limit: Maximum number of rows to read; None reads all of them.
         padding: Mapping from the name of each array to the value that fills its padding rows.
 

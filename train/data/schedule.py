@@ -251,7 +251,7 @@ def integrals(pieces: Sequence[Piece], seq_len: int) -> list[Integral]:
 
     Args:
         pieces: Pieces of the weight schedule, whose ends are counted in tokens.
-        seq_len: Number of tokens of a sequence, which converts tokens to sequences.
+        seq_len: Number of tokens per sequence, which converts tokens to sequences.
 
     Returns:
         Integral W(n) of each source [S], as a function of the number of sequences n.

@@ -116,7 +116,7 @@ class PromptTemplate:
         Args:
             shown: Map whose names the prompt shows.
             paraphrase: Index of the wording.
-            values: Text for each slot of `PromptTemplate.values`, by the name of the slot.
+            values: Text for each slot of `PromptTemplate.values`, keyed by the name of the slot.
 
         Raises:
             ValueError: The map lacks the name of a concept, a value is missing, or there is no

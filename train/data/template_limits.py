@@ -199,9 +199,10 @@ class _Generation(jinja2.ext.Extension):
 
 
 class LimitedEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
-    """Jinja with the conventions of Hugging Face's chat templates, and the limits of this module.
+    """Sandboxed Jinja environment for Hugging Face chat templates, with this module's limits.
 
-    Templates must be compiled and rendered inside the context `limited`, which sets the budget.
+    Templates must be compiled and rendered inside the context manager `limited`, which sets the
+    budget.
     """
 
     intercepted_binops = frozenset({"-", "*", "**", "//", "%"})

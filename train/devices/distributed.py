@@ -270,11 +270,13 @@ def divide(owners: Sequence[int], work: Callable[[int], Any]) -> list[Any]:
     Args:
         owners: Owner number of each piece; process `owner % number of processes` does the piece.
         work: Function from the index of a piece to its result. With several processes, results must
-            be JSON-serializable, and a `ValueError` or `OSError` in one process ends the work in
-            all (`sync_errors`).
+            be JSON-serializable.
 
     Returns:
         Results in the order of the pieces.
+
+    Raises:
+        ValueError: `work` raised a `ValueError` or an `OSError` in another process.
     """
     if not is_multiprocess():
         return [work(index) for index in range(len(owners))]

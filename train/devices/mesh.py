@@ -169,8 +169,8 @@ def check_batch(batch_size: int, accumulate: int, mesh: Mesh) -> None:
     """Raise a ValueError unless a batch divides into microbatches that divide over the mesh.
 
     Args:
-        batch_size: Number of rows of a batch over all devices.
-        accumulate: Number of microbatches of a batch.
+        batch_size: Number of rows per batch over all devices.
+        accumulate: Number of microbatches per batch.
         mesh: Mesh of the run.
     """
     shards = math.prod(mesh.shape[name] for name in batch_axes(mesh))

@@ -44,7 +44,7 @@ class LoopConfig:
         distributed: Options for connecting the processes of the run.
         evaluation: Amount and interval of the held-out evaluation.
         steps: Number of optimizer steps.
-        batch_size: Number of rows of a step, over all devices and processes.
+        batch_size: Number of rows per step, over all devices and processes.
         accumulate: Number of micro-batches that a batch is divided into; the gradients of all
             micro-batches are added up before the optimizer step.
         seed: Seed of the initial parameters and of the noise of training.

@@ -22,7 +22,7 @@ class TrainingMemory:
         rows: Bytes of the rows of a step on each host.
         device: Bytes of a device's memory; None if the size is not known.
         host: Bytes of this machine's RAM.
-        shape: Number of rows of a step, over all processes, and number of tokens of a row.
+        shape: Number of rows per step, over all processes, and number of tokens per row.
     """
 
     state: int
@@ -56,8 +56,8 @@ def training_memory(
 
     Args:
         trainable: Static side of the run; only shapes and shardings are read.
-        rows: Number of rows of a step, over all processes.
-        seq_len: Number of tokens of a row.
+        rows: Number of rows per step, over all processes.
+        seq_len: Number of tokens per row.
         copies: Number of frozen copies of the trained parameters that are kept in memory, such as
             1 for a reference model.
     """
@@ -78,7 +78,7 @@ def check_row_memory(rows: int, tokens: int) -> None:
 
     Args:
         rows: Number of rows, over all processes.
-        tokens: Number of tokens of a row.
+        tokens: Number of tokens per row.
     """
     _check_row_bytes(rows, tokens, _row_bytes(rows, tokens), host_bytes())
 

@@ -87,7 +87,7 @@ class HarnessModel(LM):
         checkpoint: Folder of a run, in place of `model`.
         lm: Loaded model, in place of `model` and `checkpoint`.
         batch_size: Number of rows of a forward pass; "auto" stands for 16.
-        max_length: Maximum number of tokens of a row; by default the context length that the model
+        max_length: Maximum number of tokens per row; by default the context length that the model
             was trained with.
         max_gen_toks: Maximum number of new tokens in tasks that don't set a maximum.
         seed: Seed of the sampling noise.

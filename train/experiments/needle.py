@@ -66,7 +66,7 @@ class Needle:
     Attributes:
         at: Index of the letter that is z or y.
         rate: Probability of z in demonstrations.
-        length: Number of letters of a response.
+        length: Number of letters per response.
     """
 
     at: int

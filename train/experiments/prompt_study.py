@@ -130,7 +130,7 @@ class PromptGame:
             that the base is trained on.
         seq_len: Maximum number of target tokens in a row of the base's data.
         tuning_seq_len: Maximum number of target tokens in a row of demonstrations.
-        max_new_tokens: Maximum number of tokens of a response.
+        max_new_tokens: Maximum number of tokens per response.
         play_training: Whether training problems of each variant are played too.
     """
 

@@ -114,7 +114,7 @@ def batches(
 
     Args:
         seed: Seed of the questions.
-        size: Number of rows of a batch.
+        size: Number of rows per batch.
         kinds: Mapping from a kind of question to its probability.
     """
     rng = np.random.default_rng(seed)

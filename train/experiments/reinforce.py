@@ -267,7 +267,7 @@ def supervise(job: RLJob, rows: dict[str, np.ndarray], batch_size: int) -> Itera
     Args:
         job: Job whose initial parameters training starts from.
         rows: Arrays `tokens` `[N, L]` int32, `trained` (loss mask) `[N, L]` bool, `length` `[N]`.
-        batch_size: Number of rows of a step.
+        batch_size: Number of rows per step.
     """
     vocab_size = job.lm.tokenizer.vocab_size
 

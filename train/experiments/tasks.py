@@ -22,7 +22,7 @@ class Lookup:
     Attributes:
         offsets: Distances of the bits that a question is about.
         ask: Probability that a token is a question.
-        seq_len: Number of tokens of a row.
+        seq_len: Number of tokens per row.
     """
 
     offsets: tuple[int, ...] = (1, 3, 6, 10, 15, 21)

@@ -234,8 +234,8 @@ def packed_sources() -> dict[str, PackedData]:
 def texts() -> Iterator[str]:
     """Yield `TEXTS` captions of training scenes, each with true statements about its scene.
 
-    A projector is trained on other scenes, but the sets of objects in those scenes recur in these
-    texts: there are only 3,808 sets of objects, held-out sets included.
+    The projectors are trained on other scenes, but mostly of the same sets of objects, since there
+    are only 3,808 sets. Held-out sets never occur in these texts.
     """
     return (scene(0, "train", FIRST_TEXT + index).text() for index in range(TEXTS))
 

@@ -39,7 +39,7 @@ class BatteryConfig:
         episodes: Number of held-out problems of each variant.
         max_turns: Maximum number of turns of an episode; by default the environment's maximum. One
             turn is enough to measure validity.
-        max_new_tokens: Maximum number of tokens of a response; responses with thoughts need many.
+        max_new_tokens: Maximum number of tokens per response; responses with thoughts need many.
             The fraction of responses truncated at this limit is reported as `cut`.
         chat: Whether prompts are user messages in the model's chat template, as `sft` renders
             conversations; by default, True if the model's tokenizer has a template.

@@ -18,13 +18,14 @@ def demonstration_record(
 
     Args:
         demonstration: State with its prompt, and the expert's thoughts and answer.
-        form: Parts of the completion (`verbalise`).
+        form: Content of the completion: "answer", "thoughts" or "both" (see `verbalise`).
         variant: Variant of the environment.
         epoch: Index of the epoch, from 0.
 
     Returns:
         Dict with `prompt` and `completion`, and the origin of the prompt: `template`, `paraphrase`,
-        `variant`, `map` and `names` (which the prompt shows), `problem` and `epoch`.
+        `variant`, `map` (name of the semantic map that the prompt shows), `names` (mapping from
+        concept to name in that map), `problem` and `epoch`.
     """
     prompt = demonstration.prompt
     return {
@@ -54,7 +55,7 @@ def demonstration_records(
         split: Split of the problems.
         count: Number of states in each epoch.
         epochs: Number of epochs.
-        form: Parts of the completions (`verbalise`).
+        form: Content of the completions: "answer", "thoughts" or "both" (see `verbalise`).
     """
     for epoch in range(epochs):
         for each in environment.demonstrations(split, count, epoch):

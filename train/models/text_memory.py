@@ -19,8 +19,8 @@ def needed_bytes(
         model: Any architecture. Activations are counted only if its config has the methods that
             estimate their size (`pass_bytes`, `prefill_bytes`, `extend_bytes`).
         rows: Number of rows.
-        tokens: Number of tokens of each row.
-        cached: Number of tokens that a cache of each row can hold; 0 for no cache.
+        tokens: Number of tokens in each row.
+        cached: Number of tokens that a cache in each row can hold; 0 for no cache.
         blocks: Whether the rows are prefilled into the cache block by block.
     """
     prefill = getattr(model.config, "prefill_bytes", lambda num_tokens: 0)

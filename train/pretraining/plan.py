@@ -34,7 +34,7 @@ def plan(config: RunConfig, trainable: Trainable, rows: int, saved: dict[str, An
     Args:
         config: Config of the run.
         trainable: Static side of the run's state.
-        rows: Number of rows of each batch that this process reads.
+        rows: Number of rows in each batch that this process reads.
         saved: Metadata of the checkpoint that the run would resume from; None if there is none.
     """
     model, data = config.model, config.data

@@ -83,7 +83,7 @@ class SeeingModel(nnx.Module):
         shape: Number of patches of an image, and number of features of a patch.
         tokens: Number of soft tokens of each patch.
         hidden: Width of the projector's hidden layer.
-        before: Number of tokens at the start of a row that precede the soft tokens.
+        before: Number of tokens at the start per row that precede the soft tokens.
         rngs: PRNG keys of the projector's initial values.
 
     Raises:

@@ -263,8 +263,8 @@ class VisualProbe:
     ) -> list[Example]:
         """Return questions about scenes of a split, one for each sampled scene.
 
-        Sets of few objects recur, drawn with other pixels: 256 held-out scenes show about 160
-        different sets of objects.
+        Several scenes may show the same set of objects with other pixels: 256 held-out scenes show
+        about 160 different sets.
 
         Args:
             split: Split of the scenes.

@@ -59,8 +59,8 @@ class RLConfig(LoopConfig):
             is not uniform. The default is the method's, or 8 if the method sets none.
         minibatches: Number of minibatches that each pass splits the rollouts of a step into; each
             minibatch is one optimizer step.
-        epochs: Number of passes over the rollouts of a step (μ of GRPO).
-        max_new_tokens: Maximum number of tokens of a response.
+        epochs: Number of passes over the rollouts per step (μ of GRPO).
+        max_new_tokens: Maximum number of tokens per response.
         temperature: Sampling temperature of rollouts.
         chat: Whether prompts are rendered as messages in the model's chat template.
         max_batches: Maximum number of batches of problems that a step draws if the method filters
@@ -265,7 +265,7 @@ class RLConfig(LoopConfig):
 
     @property
     def rollouts(self) -> int:
-        """Number of rollouts of a batch of problems: `batch_size` times `num_generations`."""
+        """Number of rollouts per batch of problems: `batch_size` times `num_generations`."""
         assert self.num_generations is not None  # resolved
         return self.batch_size * self.num_generations
 

@@ -329,7 +329,7 @@ class RLJob:
             state: State before the step; it is donated.
 
         Returns:
-            State after the step, metrics by name, and the rollouts.
+            State after the step, metrics keyed by name, and the rollouts.
         """
         begin = time.perf_counter()
         collected = self.collect(state.weights)
@@ -394,7 +394,7 @@ class RLJob:
             weights: Weights of the policy (`TrainState.weights`).
 
         Returns:
-            Metrics by name (`held_out_metrics`), and the trajectories of the episodes.
+            Metrics keyed by name (`held_out_metrics`), and the trajectories of the episodes.
         """
         rows = self.collector.held_out(self.sampler(weights, greedy=True))
         return held_out_metrics(rows), rows

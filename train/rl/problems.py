@@ -44,7 +44,7 @@ def at_least(task: Any, **least: int) -> None:
 
     Args:
         task: Task with a `word` and the options as attributes.
-        least: Minimum of each option, by name.
+        least: Minimum of each option, keyed by name.
     """
     for name, bound in least.items():
         if getattr(task, name) < bound:
@@ -56,7 +56,7 @@ def at_most(task: Any, **most: int) -> None:
 
     Args:
         task: Task with a `word` and the options as attributes.
-        most: Maximum of each option, by name.
+        most: Maximum of each option, keyed by name.
     """
     for name, bound in most.items():
         if getattr(task, name) > bound:

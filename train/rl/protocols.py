@@ -13,7 +13,7 @@ class Task(Protocol):
 
     Attributes:
         name: Value of `--task` that makes this task.
-        sizes: Number of problems of each split, by the name of the split; None for an endless
+        sizes: Number of problems of each split, keyed by the name of the split; None for an endless
             split.
     """
 
@@ -45,7 +45,7 @@ class Environment(Protocol):
 
     Attributes:
         name: Value of `--task` that makes this environment.
-        sizes: Number of problems of each split, by the name of the split; None for an endless
+        sizes: Number of problems of each split, keyed by the name of the split; None for an endless
             split.
     """
 

@@ -21,7 +21,7 @@ def save_rollouts(folder: Path, metrics: dict[str, float], collected: Collected)
 
     Args:
         folder: Folder, which is made if it does not exist.
-        metrics: Metrics of the step, by name.
+        metrics: Metrics of the step, keyed by name.
         collected: Rollouts of the step. The prompt, texts and reward of each trained row are
             written.
     """
@@ -105,7 +105,7 @@ def readable_time(spent: dict[str, float], total: float) -> str:
     """Format the time of a run, and its fractions in rollouts and updates, as one line.
 
     Args:
-        spent: Seconds by name, `rollout_seconds` and `update_seconds`.
+        spent: Seconds keyed by name, `rollout_seconds` and `update_seconds`.
         total: Seconds of the run.
     """
     total = max(total, 1e-9)

@@ -56,7 +56,7 @@ class Reward:
         value: Reward that advantages are estimated from.
         success: Whether the problem was solved. Allocators and success rates use this, never the
             value.
-        info: Numbers for the metrics, by name; they are averaged over episodes.
+        info: Numbers for the metrics, keyed by name; they are averaged over episodes.
         error: Traceback of a scorer that raised, or reason why an episode failed; empty if nothing
             failed.
         verdict: Verdict as a number where there are more than two verdicts, e.g. 1 for right, 0 for
@@ -83,7 +83,7 @@ class Turn:
         terminated: Whether the episode has ended.
         truncated: Whether the episode was stopped early, e.g. at its maximum number of turns.
         success: Whether the problem was solved.
-        info: Numbers for the metrics, by name.
+        info: Numbers for the metrics, keyed by name.
         error: Reason why the episode failed, such as the traceback of an environment that raised;
             empty where it did not fail.
     """
@@ -167,7 +167,7 @@ class Collected:
         drawn: Rows of all rollouts except probes, including rows of groups that are not trained on.
         groups: Number of problems that were drawn.
         kept: Number of problems that are trained on.
-        budget: Metrics of the allocator and of the strategy, by name.
+        budget: Metrics of the allocator and of the strategy, keyed by name.
         generated: Number of tokens that were generated for the step, including tokens that are in
             no row.
     """

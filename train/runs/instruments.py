@@ -24,7 +24,7 @@ class Stopwatch:
     pause for an evaluation or a checkpoint, which `resume` ends, counts for no step.
 
     Args:
-        tokens: Number of tokens of a step.
+        tokens: Number of tokens per step.
         flops: Number of FLOPs of a step on the whole mesh (`RunConfig.step_flops`).
         peak_flops: Peak FLOP/s of the whole mesh (`peak_flops`); None if unknown.
         start_time: Reading of `clock` at which the process began, for goodput; None takes now.

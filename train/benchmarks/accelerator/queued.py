@@ -44,8 +44,8 @@ class QueuedRun:
         vocab_size: Number of token ids of the corpus.
         steps: Number of optimizer steps.
         seeds: Seeds of parameters and batches; the run is repeated with each seed.
-        batch_size: Number of rows of a step.
-        seq_len: Number of targets of a row.
+        batch_size: Number of rows per step.
+        seq_len: Number of targets per row.
         held_out: Number of rows at the end of the corpus that are held out of training and scored
             after the last step.
         optimizer: Optimizer and learning rate schedule.

@@ -31,7 +31,7 @@ class Sizes:
     Attributes:
         kernels: Sizes of attention calls.
         models: Mapping from names to configs of decoders that are trained.
-        seq_len: Number of tokens of a row in training.
+        seq_len: Number of tokens per row in training.
         first_batch: Number of rows of the first training step that is tried.
         largest_batch: Maximum number of rows that is tried.
         decoders: Mapping from names to configs of decoders that generate.

@@ -17,8 +17,8 @@ class GuessNumber(GeneratedEnvironment):
     """Guess a secret number: a prompt is `1-10? `, an observation is ` higher ` or ` lower `.
 
     The reward of a turn is 1 for the secret number and 0 for any other number, however near. With a
-    discount, bisection is the best strategy, which the scripted player follows. For every seed, the
-    test split consists of the fifth of the numbers with the smallest hashes.
+    discount, bisection is the best strategy, which the scripted player follows. The secret numbers
+    of the test split are one fifth of all numbers, those with the smallest hashes, for every seed.
 
     Attributes:
         low: Smallest possible number.

@@ -69,7 +69,7 @@ class PolicyLoss:
                 loss 0 and counts as a rollout in the means "sequence" and "constant". Leaving the
                 row out would be a bias, since the policy can influence whether there is anything to
                 decide.
-            max_length: Maximum number of trained tokens of a row, the divisor in "constant".
+            max_length: Maximum number of trained tokens per row, the divisor in "constant".
             weight: Multiplicity of each row in numerator and denominator, `[K]`; None for 1.
             reference: Log-probabilities under the reference policy, `[K, L]`; given if
                 `uses_reference`.
@@ -101,7 +101,7 @@ class PolicyLoss:
                 mask.
             counts: Loss mask, `[K, L]` bool.
             valid: Rows that are not padding, `[K]` bool.
-            max_length: Maximum number of trained tokens of a row.
+            max_length: Maximum number of trained tokens per row.
             weight: Multiplicity of each row in numerator and denominator, `[K]`; None for 1.
 
         Returns:

@@ -139,7 +139,7 @@ def simulate(
     step.
 
     Args:
-        rollouts: Number of rollouts of a step (N).
+        rollouts: Number of rollouts per step (N).
         seed: Seed of the rollouts.
         tokens: Number of tokens to choose from.
         correct: Number of correct tokens, which are the first tokens.

@@ -48,7 +48,7 @@ class RewardShaping:
             reward: Reward of each episode, `[N]` float64, as the shapings before this one left it.
             trajectories: Rows of the episodes.
             episodes: `N` episodes; `episodes.reward` is unshaped.
-            max_new_tokens: Maximum number of tokens of a response.
+            max_new_tokens: Maximum number of tokens per response.
         """
         return reward
 

@@ -80,7 +80,7 @@ class Branches:
 
         Args:
             values: Values of tokens, `[R, N, C]` or `[R * N, C]`; padding entries are not read.
-            length: Number of positions of a row (`L`).
+            length: Number of positions per row (`L`).
 
         Returns:
             Values of tokens, `[K, L]`; 0 for tokens that are in no branch.

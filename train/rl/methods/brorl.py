@@ -22,7 +22,7 @@ class BroRL(ReinforcePP):
     KL weight or period of resets: these defaults are ProRL's or this project's.
 
     Attributes:
-        base_rollouts: Number of rollouts of a step for which the learning rate was chosen; None for
+        base_rollouts: Number of rollouts per step for which the learning rate was chosen; None for
             16 rollouts of each problem.
     """
 

@@ -94,7 +94,7 @@ class Method:
         """Return the factor on the learning rate of the run's config; 1 by default.
 
         Args:
-            batch_size: Number of problems of a step.
+            batch_size: Number of problems per step.
             num_generations: Number of rollouts of each problem.
         """
         return 1.0

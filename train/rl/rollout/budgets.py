@@ -172,7 +172,7 @@ def _class_of(rate: float | None) -> str:
 
 
 def budget_metrics(classes: Sequence[str], counts: Sequence[int]) -> dict[str, float]:
-    """Compute the metrics of how rollouts are allocated.
+    """Compute metrics of the allocation of rollouts.
 
     Args:
         classes: Class of each problem (`BudgetAllocator.classes`), or an empty list.

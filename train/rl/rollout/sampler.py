@@ -179,9 +179,9 @@ class Conversation:
         """Sample a response in each active row.
 
         Args:
-            max_new_tokens: Maximum number of tokens of a response.
+            max_new_tokens: Maximum number of tokens per response.
             active: Whether each row responds, `[R]` bool; all rows by default.
-            limits: Maximum number of tokens of each row's response, `[R]` int, each at most
+            limits: Maximum number of tokens in each row's response, `[R]` int, each at most
                 `max_new_tokens`; the same for all rows by default.
             events: Number of latent-memory events so far of the response that each row continues,
                 not counting an event before its first token, `[R]` int; -1 for rows that begin a

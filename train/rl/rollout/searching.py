@@ -34,7 +34,7 @@ class Limits:
 
     Attributes:
         step_len: Maximum number of tokens of a node in a task of one response.
-        max_new_tokens: Maximum number of tokens of a response.
+        max_new_tokens: Maximum number of tokens per response.
         turns: Number of turns after which an episode is truncated, where each turn is one node; 0
             for a task of one response.
         max_observation: Maximum number of tokens of an observation.
@@ -54,7 +54,7 @@ class Limits:
 
     @property
     def row(self) -> int:
-        """Maximum number of tokens of a row after the prompt."""
+        """Maximum number of tokens per row after the prompt."""
         return max(self.turns, 1) * (self.max_new_tokens + self.turns_observe)
 
     @property

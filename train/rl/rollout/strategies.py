@@ -40,7 +40,7 @@ class RolloutStrategy:
 
     Attributes:
         formatter: Formatter that translates texts to token ids; set by the run.
-        max_new_tokens: Maximum number of tokens of a response; set by the run.
+        max_new_tokens: Maximum number of tokens per response; set by the run.
         environment_limit_s: Number of seconds after which a reset or a step of an environment is
             abandoned (`TimeLimited`), None for no limit; set by the run.
     """
