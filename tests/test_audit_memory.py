@@ -18,7 +18,7 @@ from thoughtbubbles.lens import logit_lens
 from thoughtbubbles.pretrained_tokenizer import PretrainedTokenizer
 from train.audit import reading
 from train.audit.elicitation import sample
-from train.audit.fuzzing import Fuzz, one_by_one
+from train.audit.fuzzing import Fuzz, fuzzes_single_rows
 from train.audit.latents import prompts_with_latents
 from train.audit.organisms import hiding_conversations
 from train.audit.reading import check_reading, top_tokens
@@ -89,7 +89,7 @@ def test_a_template_that_moves_what_came_before_is_one_line():
 def test_rows_are_fuzzed_together_unless_they_weave_within_an_answer():
     """A row's noise is its own: samples do not depend on the batch."""
     later = dataclasses.replace(TAUGHT, max_inference_events=1)
-    assert not one_by_one(remembering()) and one_by_one(remembering(later))
+    assert not fuzzes_single_rows(remembering()) and fuzzes_single_rows(remembering(later))
     asks = [[turn("user", text)] for text in ("the hint", "play")]
     how: dict[str, Any] = {"fuzz": Fuzz(1, 2.0), "temperature": 1.0, "samples": 2, "prefill": "the"}
     together = sample(remembering(), asks, 6, **how)

@@ -187,7 +187,7 @@ def test_logits_that_mix_predictions_and_limits_of_large_passes(monkeypatch):
     for module, name, limit in (
         (head, "LARGEST_LOGITS", 4 * ROWS * TOKENS * 16),
         (head, "SMALLEST_CHUNK", 16),
-        (attention, "LARGEST_WEIGHTS", 0),
+        (attention, "LARGEST_PROBABILITIES", 0),
         (attention, "LARGEST_TILE", 2**10),
         (attention, "SMALLEST_TILE", 1),
         (forking, "LARGEST_MEMBERSHIP", 0),
@@ -259,7 +259,7 @@ def test_arrays_beside_others_without_a_mesh():
 
 def test_branches_stay_where_their_rows_are(monkeypatch):
     """Their weights in parts, computed again in the backward pass."""
-    monkeypatch.setattr(attention, "LARGEST_WEIGHTS", 0)
+    monkeypatch.setattr(attention, "LARGEST_PROBABILITIES", 0)
     monkeypatch.setattr(branches, "LARGEST_BRANCHES", 2 * ROWS * 4 * 2 * 4 * (5 + 4))
 
     def slopes(weights: Any, prefix: jax.Array, length: jax.Array, x: jax.Array) -> Any:

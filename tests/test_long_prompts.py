@@ -41,7 +41,7 @@ def short_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of 32 tokens for one row or more, for whatever is longer; tiles of 8 by 24."""
     for name, value in {"BLOCK": 32, "LARGEST_WHOLE": 0, "LONGEST_WHOLE": 0}.items():
         monkeypatch.setattr(prefill, name, value)
-    for name, value in {"LARGEST_WEIGHTS": 0, "QUERY_TILE": 8, "KEY_TILE": 24}.items():
+    for name, value in {"LARGEST_PROBABILITIES": 0, "QUERY_TILE": 8, "KEY_TILE": 24}.items():
         monkeypatch.setattr(attention, name, value)
 
 
@@ -153,7 +153,7 @@ def test_tiles_have_the_gradient_of_the_softmax(short_blocks, monkeypatch: pytes
         return jax.jit(jax.grad(weighed, (0, 1, 2, 3)))(*arrays)
 
     found = slopes()
-    monkeypatch.setattr(attention, "LARGEST_WEIGHTS", 2**30)
+    monkeypatch.setattr(attention, "LARGEST_PROBABILITIES", 2**30)
     for mine, other in zip(found, slopes(), strict=True):
         np.testing.assert_allclose(mine, other, atol=1e-5)
 
@@ -185,7 +185,7 @@ def test_earlier_keys_win_ties(monkeypatch: pytest.MonkeyPatch):
     ids=["plain", "forks"],
 )
 def test_no_array_of_tokens_by_tokens(config: Any, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(attention, "LARGEST_WEIGHTS", 2**20)
+    monkeypatch.setattr(attention, "LARGEST_PROBABILITIES", 2**20)
     tokens, size = 2**15, 64
     model = nnx.eval_shape(lambda: Thoughtbubbles(config, rngs=nnx.Rngs(0)))
     cache = jax.eval_shape(lambda: model.init_cache(1, tokens))

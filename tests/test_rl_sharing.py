@@ -228,7 +228,7 @@ def test_branches_have_the_states_of_whole_rows(monkeypatch):
     theirs = slopes(apart)
     whole = 4 * 3 * 4 * 2 * 4 * (5 + 4)  # bytes of the weights of all branches
     for kept, held in ((whole, whole), (whole - 1, whole // 2)):
-        monkeypatch.setattr(attention, "LARGEST_WEIGHTS", kept)
+        monkeypatch.setattr(attention, "LARGEST_PROBABILITIES", kept)
         monkeypatch.setattr(branches, "LARGEST_BRANCHES", held)
         for mine, other in zip(slopes(together), theirs, strict=True):
             assert 0 < norm(jax.tree.map(np.subtract, mine, other)) < 1e-6 * norm(other)

@@ -35,7 +35,7 @@ KINDS = {
 LIMITS = {
     (head, "LARGEST_LOGITS"): 4 * B * T * 20,
     (head, "SMALLEST_CHUNK"): 16,
-    (attention, "LARGEST_WEIGHTS"): 0,
+    (attention, "LARGEST_PROBABILITIES"): 0,
     (attention, "LARGEST_TILE"): 5000,
     (attention, "SMALLEST_TILE"): 1,
     (forking, "LARGEST_MEMBERSHIP"): 0,
@@ -241,7 +241,7 @@ def test_large_attention_keeps_no_weights(monkeypatch):
 
     needed = []
     for limit, tile in ((2**60, 2**60), (0, 2**60), (0, 2**14)):
-        monkeypatch.setattr(attention, "LARGEST_WEIGHTS", limit)
+        monkeypatch.setattr(attention, "LARGEST_PROBABILITIES", limit)
         monkeypatch.setattr(attention, "LARGEST_TILE", tile)
         monkeypatch.setattr(attention, "SMALLEST_TILE", 4)
         program = jax.jit(jax.grad(lambda *args: layers(*args), (0, 1, 2))).lower(x, x, x)
@@ -252,7 +252,7 @@ def test_large_attention_keeps_no_weights(monkeypatch):
 
 def test_gradients_in_few_bits_are_as_exact_as_their_bits(monkeypatch):
     """What all values have in common adds nothing to a gradient, though results are rounded."""
-    monkeypatch.setattr(attention, "LARGEST_WEIGHTS", 0)
+    monkeypatch.setattr(attention, "LARGEST_PROBABILITIES", 0)
     rng = np.random.default_rng(0)
     arrays = [rng.normal(size=(1, 32, 2, 8)) for _ in range(4)]
     arrays[2] += 10
@@ -277,7 +277,7 @@ def test_padding_of_tiles_adds_nothing_however_large_a_bias_is(monkeypatch):
     slopes = lambda: jax.jit(  # noqa: E731
         jax.grad(lambda *args: (attention.attend(*args) ** 2).sum(), (0, 1, 2, 3))
     )(*arrays, bias)
-    monkeypatch.setattr(attention, "LARGEST_WEIGHTS", 0)
+    monkeypatch.setattr(attention, "LARGEST_PROBABILITIES", 0)
     expected = slopes()
     monkeypatch.setattr(attention, "LARGEST_TILE", 0)
     monkeypatch.setattr(attention, "SMALLEST_TILE", 5)

@@ -21,7 +21,7 @@ Attend = Callable[[jax.Array, jax.Array, jax.Array, jax.Array | None], jax.Array
 MIN_BLOCK = 64
 MAX_BLOCKS = 8
 SHORTEST_SPAN = 256
-LARGEST_WEIGHTS = 2**25
+LARGEST_PROBABILITIES = 2**25
 """Bytes of float32 attention probabilities of one call, over all devices, above which `attend`
 recomputes the probabilities in the backward pass and `attend_cached` computes them in tiles."""
 LARGEST_TILE = 2**26
@@ -42,10 +42,10 @@ def attend(
 
     Queries are processed in blocks (`block_size`), each against the keys up to the block's end
     only. So the logits of later keys are not computed, and a row of several blocks needs no array
-    `[B, H, S, S]`. If the attention probabilities of a call have more than `LARGEST_WEIGHTS` bytes,
-    the backward pass recomputes them; such a call does not support forward-mode differentiation
-    (`jax.jvp`). If the probabilities of a block have more than `LARGEST_TILE` bytes, forward and
-    backward pass compute them for one tile of the block's queries at a time.
+    `[B, H, S, S]`. If the attention probabilities of a call have more than `LARGEST_PROBABILITIES`
+    bytes, the backward pass recomputes them; such a call does not support forward-mode
+    differentiation (`jax.jvp`). If the probabilities of a block have more than `LARGEST_TILE`
+    bytes, forward and backward pass compute them for one tile of the block's queries at a time.
 
     Args:
         query: Queries of `H` heads with RoPE applied.
@@ -55,7 +55,7 @@ def attend(
             for no bias.
     """
     batch, slots, heads, _ = query.shape
-    large = 4 * batch * heads * visited_pairs(slots) > LARGEST_WEIGHTS
+    large = 4 * batch * heads * visited_pairs(slots) > LARGEST_PROBABILITIES
     arrays = *heads_first(query, key, value), bias
     return _attend_again(*arrays) if large else slots_first(_attend_blocks(*arrays))
 
@@ -101,9 +101,9 @@ def attend_cached(
 
     By default attention covers only a prefix of the cache: the shortest of a few static lengths
     (`cache_spans`) that includes the used slots of every row. But with `FEWEST_TILED` queries or
-    more and attention probabilities of more than `LARGEST_WEIGHTS` bytes, the forward pass computes
-    attention in tiles over the whole cache, like flash attention. In that case the backward pass
-    materializes all attention probabilities, and forward-mode differentiation (`jax.jvp`) fails.
+    more and attention probabilities of more than `LARGEST_PROBABILITIES` bytes, the forward pass
+    computes attention in tiles over the whole cache, like flash attention. In that case the
+    backward pass materializes all attention probabilities, and `jax.jvp` fails.
 
     Args:
         query: Queries of `H` heads for the new slots, with RoPE applied.
@@ -118,7 +118,7 @@ def attend_cached(
     (batch, queries, heads, _), slots = query.shape, key.shape[2]
     query = _grouped(query, key.shape[1])
     last = first[:, None] + jnp.arange(queries)[None]
-    if queries >= FEWEST_TILED and 4 * batch * heads * queries * slots > LARGEST_WEIGHTS:
+    if queries >= FEWEST_TILED and 4 * batch * heads * queries * slots > LARGEST_PROBABILITIES:
         end = first + (queries if count is None else count)
         return slots_first(_attend_tiled(query, key, value, bias, last, end))
 

@@ -33,9 +33,9 @@ def attend_branches(
     A row consists of the slots of the prefix, then the slots of branch 0, of branch 1 and so on. A
     slot of a branch attends to the real slots of the prefix, which is not copied for each branch,
     and to the slots of the same branch up to itself. If the attention probabilities of all branches
-    have more than `attention.LARGEST_WEIGHTS` bytes, the backward pass recomputes them. If the
-    probabilities have more than `LARGEST_BRANCHES` bytes, the queries of the branches are processed
-    in several parts, each with some slots of every branch.
+    have more than `attention.LARGEST_PROBABILITIES` bytes, the backward pass recomputes them. If
+    they have more than `LARGEST_BRANCHES` bytes, the queries of the branches are processed in
+    several parts, each with some slots of every branch.
 
     Args:
         query: Queries of `H` heads with RoPE applied.
@@ -53,7 +53,11 @@ def attend_branches(
                   for where in (slice(shared), slice(shared, None)))  # fmt: skip
     known = jnp.arange(shared) < length[:, None]
     weights = 4 * batch * heads * count * size * (shared + size)
-    run = _known_once(_attend_branches) if weights > attention.LARGEST_WEIGHTS else _attend_branches
+    run = (
+        _known_once(_attend_branches)
+        if weights > attention.LARGEST_PROBABILITIES
+        else _attend_branches
+    )
     mine, own_key, own_value = (x.reshape(*x.shape[:-2], count, size, x.shape[-1]) for x in own)
     over = lambda part, at: run(part, *first[1:], own_key, own_value, known, at)  # noqa: E731
     divisors = (n for n in range(1, size + 1) if size % n == 0)

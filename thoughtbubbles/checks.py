@@ -33,7 +33,7 @@ def check_config(config: Any, kind: type) -> None:
 
 
 def check_fields(config: Any) -> None:
-    """Raise a ValueError if the value of an int, float or tuple field has another type."""
+    """Raise a ValueError if a field annotated int, float or tuple holds a value of another type."""
     for name, kinds in _kinds(type(config)).items():
         value = getattr(config, name)
         if value is None and type(None) in kinds:

@@ -9,7 +9,7 @@ import memgen
 from memgen.request import row_keys
 from thoughtbubbles.decoding import generate
 from thoughtbubbles.pretrained_tokenizer import PretrainedTokenizer
-from train.audit.fuzzing import Fuzz, fuzzed, fuzzed_memory, noise_keys, one_by_one
+from train.audit.fuzzing import Fuzz, fuzzed, fuzzed_memory, fuzzes_single_rows, noise_keys
 from train.audit.organisms import Message, Organism, Trial
 from train.data.chat_templates import chat_ids, closed_ids, common, open_turn
 from train.models.generation import MEMORY
@@ -167,7 +167,7 @@ def sample(
     together = max(1, ROWS // samples)
     # Parts of equal size need the fewest rows of padding.
     together = math.ceil(len(ids) / max(1, math.ceil(len(ids) / together)))
-    size = 1 if fuzz is not None and one_by_one(lm) else max(1, together) * samples
+    size = 1 if fuzz is not None and fuzzes_single_rows(lm) else max(1, together) * samples
     new: list[list[int]] = []
     for start in range(0, len(rows), size):
         part = [*zip(rows, begins, strict=True)][start : start + size]

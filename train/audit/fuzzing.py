@@ -164,13 +164,13 @@ def noise_keys(lm: LanguageModel, keys: jax.Array) -> jax.Array:
         keys: PRNG keys of sampling, one for each row `[B]`.
 
     Returns:
-        PRNG keys `[B]`, or only the first key, `[1]`, if rows are fuzzed `one_by_one`.
+        PRNG keys `[B]`, or only the first key, `[1]`, if rows are fuzzed `fuzzes_single_rows`.
     """
     found = jax.vmap(lambda key: jax.random.fold_in(key, 0x66757A7A))(keys)
-    return found[:1] if one_by_one(lm) else found
+    return found[:1] if fuzzes_single_rows(lm) else found
 
 
-def one_by_one(lm: LanguageModel) -> bool:
+def fuzzes_single_rows(lm: LanguageModel) -> bool:
     """Return whether fuzzed rows must be generated in batches of one row.
 
     The result is True if latent memory may be woven within a response. The rows that weave are then

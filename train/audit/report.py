@@ -27,7 +27,7 @@ from train.audit.reading import (
     top_tokens,
 )
 from train.audit.train_sae import load_sae
-from train.audit.unfinished import Unfinished, fingerprint, organism_hash
+from train.audit.unfinished import UnfinishedAudit, fingerprint, organism_hash
 from train.cli.numbers import check_least
 from train.models.load import LanguageModel, checksum_of, load_language_model
 from train.runs.files import check_new_file, write_atomically
@@ -210,7 +210,7 @@ def main(config: ReportConfig) -> None:
             raise ValueError(f"{count} organisms {organism} of {name}: give each another name")
     guess = auditor_of(config)
     how = options_of(config, settings)
-    unfinished = unfinished_of(config, settings, guess)
+    unfinished = unfinished_audit(config, settings, guess)
 
     def findings(lm: LanguageModel, name: str, hashed: str, organism: Organism):
         """Return the finding of each method by name; run only methods without a stored finding."""
@@ -258,7 +258,7 @@ def options_of(config: ReportConfig, settings: Settings) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def unfinished_of(config: ReportConfig, settings: Settings, guess: Guess) -> Unfinished:
+def unfinished_audit(config: ReportConfig, settings: Settings, guess: Guess) -> UnfinishedAudit:
     """Return the store from which an interrupted audit resumes; it is empty for a new audit.
 
     Raises:
@@ -272,7 +272,7 @@ def unfinished_of(config: ReportConfig, settings: Settings, guess: Guess) -> Unf
         options["weights of sae"] = checksum_of(load_sae(settings.sae)[0])
     if isinstance(guess, ModelAuditor):
         options["weights of auditor"] = fingerprint(guess.lm)
-    return Unfinished(new_files(config.out).unfinished, options)
+    return UnfinishedAudit(new_files(config.out).unfinished, options)
 
 
 class Files(NamedTuple):

@@ -142,4 +142,4 @@ def _check(config: SecretConfig) -> None:
     control = load_language_model(config.weights).for_inference()
     organism = make_organism(config.kind, config.secret, config.seed)
     checked(organism, (control,), settings_for(control, config))
-    report.unfinished_of(config.report(), settings_for(control, config), auditor_of(config))
+    report.unfinished_audit(config.report(), settings_for(control, config), auditor_of(config))

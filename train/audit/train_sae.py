@@ -358,7 +358,7 @@ def loss_recovered(
     site: str,
     streams: Streams,
 ) -> dict[str, float | None]:
-    """Compute the model's loss with activations unchanged, reconstructed, and set to zero.
+    """Compute the model's loss with a site's activations unchanged, reconstructed, and zero.
 
     Returns:
         Losses in nats per token: `loss` with unchanged activations, `loss_sae` with reconstructed

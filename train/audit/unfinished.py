@@ -14,12 +14,12 @@ from train.data.json_lines import read_json_lines
 from train.models.load import LanguageModel, checksum, tokenizer_meta
 from train.runs.files import write_atomically
 
-Asked = Mapping[str, str]
+Subject = Mapping[str, str]
 """Subject of a finding: a mapping with the keys "model" (name of the model), "fingerprint" (hash of
 the model) and "organism" (hash of the organism)."""
 
 
-class Unfinished:
+class UnfinishedAudit:
     """JSON Lines file of an audit's findings, from which an interrupted audit resumes.
 
     Args:
@@ -49,7 +49,7 @@ class Unfinished:
                 )
             self._lines.append(line.fields)
 
-    def found(self, asked: Asked) -> dict[str, Finding]:
+    def found(self, asked: Subject) -> dict[str, Finding]:
         """Return the stored findings of a model and an organism, keyed by the name of the method.
 
         Args:
@@ -58,7 +58,7 @@ class Unfinished:
         findings = (_finding(line) for line in self._lines if line["asked"] == asked)
         return {finding.method: finding for finding in findings}
 
-    def add(self, asked: Asked, finding: Finding) -> None:
+    def add(self, asked: Subject, finding: Finding) -> None:
         """Add a finding to the file.
 
         Args:

@@ -69,7 +69,7 @@ class MemGenBenchmark(ModelSizes):
             raise ValueError(f"weave={self.weave} is not a share: choose from 0 to 1")
 
 
-class FromScratch(nnx.Module):
+class Reprefilled(nnx.Module):
     """Decoder wrapper that re-prefills a row at each chunk of latents, as published code does.
 
     A weaver re-prefills its whole context at each event. Only the filled part of the capacity is
@@ -98,10 +98,10 @@ class FromScratch(nnx.Module):
         return self.decoder.lora_targets
 
     def apply_lora(self, adapter):
-        return FromScratch(self.decoder.apply_lora(adapter), self.slots, weaves=True)
+        return Reprefilled(self.decoder.apply_lora(adapter), self.slots, weaves=True)
 
     def for_decoding(self):
-        return FromScratch(self.decoder.for_decoding(), self.slots, self.weaves)
+        return Reprefilled(self.decoder.for_decoding(), self.slots, self.weaves)
 
     def embed_tokens(self, tokens):
         return self.decoder.embed_tokens(tokens)
@@ -236,7 +236,7 @@ class Generation:
         events = 0 if never else 2 * round(config.weave * config.new_tokens)
         self._memgen = build(config, events)
         if re_prefill:
-            reasoner = FromScratch(self._memgen.reasoner, config.latents)
+            reasoner = Reprefilled(self._memgen.reasoner, config.latents)
             self._memgen = self._memgen.with_reasoner(reasoner)
         self._request = make_request(self._memgen, config.new_tokens, policy, temperature=1.0)
         self.events = 0

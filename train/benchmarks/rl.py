@@ -153,7 +153,7 @@ def best_step(job: RLJob, repeats: int) -> dict[str, float]:
 
 
 def update_pair(job: RLJob, other: RLJob) -> dict[str, "Updates"]:
-    """Make timed updates of two jobs on the same rollouts: "once" of `job`, "each" of `other`."""
+    """Make timed updates of two jobs on the same rollouts, under the names "once" and "each"."""
     trajectories = job.collect(job.first_state().weights).trajectories
     return {"once": Updates(job, trajectories), "each": Updates(other, trajectories)}
 

@@ -26,7 +26,7 @@ from train.data.records import is_records, read_records
 from train.data.text_files import files_note, suffix_of, walk_files
 from train.data.tokenizers import Tokenizer
 
-FILES = ".jsonl, .ndjson, .parquet or .arrow, JSON also packed"
+FILES = ".jsonl, .ndjson, .parquet or .arrow, JSON also compressed"
 """Description, for messages, of the files that are read in a folder of conversations."""
 
 

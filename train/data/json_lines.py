@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from train.data.config import DataError
-from train.data.streams import file_lines, file_text, unpacked_name
+from train.data.streams import file_lines, file_text, uncompressed_name
 
 
 class JsonLine(NamedTuple):
@@ -35,7 +35,7 @@ def read_json_lines(
     as a whole.
 
     Args:
-        path: Path of the file; it is decompressed if its name ends in one of `streams.PACKERS`.
+        path: Path of the file, which is decompressed if its name says so (`streams.DECOMPRESSORS`).
         texts: Names of fields that every object must have, with a string as their value.
         encoding: Encoding of a file without a byte order mark.
 
@@ -43,7 +43,7 @@ def read_json_lines(
         DataError: The file cannot be read, is not text, or has a line that is not a JSON object or
             lacks one of `texts`.
     """
-    if unpacked_name(path.name).endswith(".json") and _is_array(path, encoding):
+    if uncompressed_name(path.name).endswith(".json") and _is_array(path, encoding):
         items = _parsed("".join(file_text(path, encoding)), str(path))
         for number, value in enumerate(items, 1):
             where = f"{path}, item {number}"

@@ -9,7 +9,7 @@ from typing import Any
 
 from train.data.config import DataError
 from train.data.json_lines import JsonLine, check_text, read_json_lines
-from train.data.streams import unpacked_name
+from train.data.streams import uncompressed_name
 
 JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
 ARROW_SUFFIXES = (".parquet", ".arrow")
@@ -19,7 +19,7 @@ _BATCH = 256  # records in memory
 
 def is_records(name: str) -> bool:
     """Whether a file of this name holds records, by its suffix; JSON may be compressed."""
-    return unpacked_name(name).endswith(JSON_SUFFIXES) or name.lower().endswith(ARROW_SUFFIXES)
+    return uncompressed_name(name).endswith(JSON_SUFFIXES) or name.lower().endswith(ARROW_SUFFIXES)
 
 
 def read_records(path: Path) -> Iterator[JsonLine]:

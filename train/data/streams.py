@@ -31,7 +31,7 @@ def _open_zstd(path: Path) -> IO[bytes]:
     return input_stream(str(path), compression="zstd")
 
 
-PACKERS: dict[str, Callable[[Path], Any]] = {
+DECOMPRESSORS: dict[str, Callable[[Path], Any]] = {
     ".gz": gzip.open,
     ".bz2": bz2.open,
     ".xz": lzma.open,
@@ -49,22 +49,22 @@ _MARKS = (
 )
 
 
-def unpacked_name(name: str) -> str:
-    """Name of a file in lower case, without the suffix of its compression (see `PACKERS`)."""
+def uncompressed_name(name: str) -> str:
+    """Name of a file in lower case, without the suffix of its compression (see `DECOMPRESSORS`)."""
     name = name.lower()
-    packer = next((suffix for suffix in PACKERS if name.endswith(suffix)), "")
-    return name.removesuffix(packer)
+    compression = next((suffix for suffix in DECOMPRESSORS if name.endswith(suffix)), "")
+    return name.removesuffix(compression)
 
 
 def file_bytes(path: Path) -> Iterator[bytes]:
-    """Yield the content of a file in chunks, decompressed if its name ends in one of `PACKERS`.
+    """Yield the content of a file in chunks, decompressed if its name says so (`DECOMPRESSORS`).
 
     Raises:
         DataError: The path is not a regular file, or the file cannot be read or is damaged.
     """
     if path.exists() and not path.is_file():  # a pipe would wait for ever
         raise DataError(f"cannot read {path}: no regular file; name a file")
-    unpack = PACKERS.get(path.suffix.lower(), _open_plain)
+    unpack = DECOMPRESSORS.get(path.suffix.lower(), _open_plain)
     try:
         with unpack(path) as stream:
             while chunk := stream.read(CHUNK):

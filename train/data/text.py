@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator
 
-from train.data.streams import unpacked_name
+from train.data.streams import uncompressed_name
 
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py")
 """Suffixes of the text files that are read in a folder, plain or compressed. HTML is left out: an
@@ -25,7 +25,7 @@ _END = re.compile(r"\r\n?|\n")
 
 def is_text(name: str) -> bool:
     """Whether a file of this name in a folder is text of the corpus, by its suffix."""
-    return unpacked_name(name).endswith(TEXT_SUFFIXES)
+    return uncompressed_name(name).endswith(TEXT_SUFFIXES)
 
 
 def sections(chunks: Iterable[str], size: int = SECTION) -> Iterator[str]:

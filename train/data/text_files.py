@@ -13,7 +13,7 @@ from pathlib import Path
 
 from train.data.config import DataError
 from train.data.records import ARROW_SUFFIXES, JSON_SUFFIXES, is_records, record_texts
-from train.data.streams import PACKERS, file_text, unpacked_name
+from train.data.streams import DECOMPRESSORS, file_text, uncompressed_name
 from train.data.text import SECTION, TEXT_SUFFIXES, WHOLE, is_text, sections
 
 _NOT_LIBRARY = frozenset(
@@ -169,7 +169,13 @@ def find_text_files(
     files, held_out = _own_splits(files, passed)
     if not files:
         known = suffixes or " ".join(
-            (*TEXT_SUFFIXES, *JSON_SUFFIXES[:-1], *ARROW_SUFFIXES, "also packed:", *PACKERS)
+            (
+                *TEXT_SUFFIXES,
+                *JSON_SUFFIXES[:-1],
+                *ARROW_SUFFIXES,
+                "also compressed:",
+                *DECOMPRESSORS,
+            )
         )
         note = TextFiles(path, root, (), passed_over=+passed).note
         raise DataError(f"corpus {path} is empty: no text file ({known}) in {root}; {note}")
@@ -190,7 +196,7 @@ def _chooser(found: list[str], suffixes: str) -> tuple[Callable[[str], bool], Ca
     if suffixes:
         chosen = tuple(suffixes.lower().split())
         named = lambda file: file.lower().endswith(chosen)  # noqa: E731
-        return lambda file: named(file) or named(unpacked_name(file)), suffix_of
+        return lambda file: named(file) or named(uncompressed_name(file)), suffix_of
     # A plain .json mostly describes data (dataset_info.json); .json data (C4) are compressed.
     records = lambda file: is_records(file) and not file.lower().endswith(".json")  # noqa: E731
     if any(map(records, found)):

@@ -231,7 +231,7 @@ _last_words = _LastWords()
 
 # Agreement
 
-_rounds = itertools.count()  # equal in all processes, which call `broadcast` in the same order
+_rounds = itertools.count()  # equal in all processes, which call `allgather` in the same order
 
 
 def is_multiprocess() -> bool:
@@ -243,7 +243,7 @@ def _client() -> Any:
     return global_state.client
 
 
-def broadcast(value: Any) -> list[Any]:
+def allgather(value: Any) -> list[Any]:
     """All-gather one value per process; every process must call this function.
 
     Args:
@@ -285,7 +285,7 @@ def divide(owners: Sequence[int], work: Callable[[int], Any]) -> list[Any]:
     mine = [index for index, owner in enumerate(owners) if is_mine(owner)]
     with sync_errors():
         done = [(index, work(index)) for index in mine]
-    found = {index: result for part in broadcast(done) for index, result in part}
+    found = {index: result for part in allgather(done) for index, result in part}
     return [found[index] for index in range(len(owners))]
 
 
@@ -309,7 +309,7 @@ def sync_errors() -> Iterator[None]:
         yield
     except (ValueError, OSError) as error:
         own = error
-    lines = broadcast(own and _first_line(own))
+    lines = allgather(own and _first_line(own))
     if own is not None:
         raise own
     for process, line in enumerate(lines):
@@ -326,7 +326,7 @@ def assert_same_on_all_hosts(name: str, value: Any) -> None:
     """
     if not is_multiprocess():
         return
-    first, *others = (_flat(name, other) for other in broadcast(value))
+    first, *others = (_flat(name, other) for other in allgather(value))
     for process, other in enumerate(others, 1):
         differing = [key for key in first | other if first.get(key) != other.get(key)]
         if differing:

@@ -39,7 +39,7 @@ class TrainingMemory:
         )
 
     def check(self) -> None:
-        """Raise a ValueError if a device has less memory than `state`, or this host than `rows`."""
+        """Raise a ValueError if `state` does not fit into a device's memory, or `rows` into RAM."""
         if self.device is not None and self.state > self.device:
             raise ValueError(
                 f"parameters, gradients and optimizer state need {size_text(self.state)} on each "

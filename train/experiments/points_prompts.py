@@ -165,7 +165,7 @@ def base_records(count: int, seed: int) -> Iterator[dict[str, Any]]:
         Records of chat data, `{"messages": [...]}`.
     """
     game = instructed(f"{TASK})", seed)
-    held_out = lambda numbers: is_held_out(game.hashed(((), str(sorted(numbers)))))  # noqa: E731
+    held_out = lambda numbers: is_held_out(game.split_key(((), str(sorted(numbers)))))  # noqa: E731
     for index in range(count):
         rng = np.random.default_rng([seed, index])
         shown = _counts(rng)

@@ -278,7 +278,7 @@ def train_missing(config: Quality, results: Results) -> Iterator[tuple[Result, s
     """Train the runs that `results` lacks, and yield the result of each with a line to print.
 
     Raises:
-        ValueError: The file holds results with another number of held-out rows or positions.
+        ValueError: `results` has results with another number of held-out rows or positions.
     """
     task = TASKS[config.task](config.rows, config.positions)
     steps = config.steps or task.steps

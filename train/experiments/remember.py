@@ -188,7 +188,7 @@ class Stages:
             changes: Fields of `RLConfig` except `num_generations`, `max_new_tokens` and `seed`.
 
         Returns:
-            The trained model with the trigger policy of the rollouts, cost and learning curves.
+            The trained model, its cost and learning curves, and its rollouts' trigger policy.
         """
         config = RLConfig(
             num_generations=self.config.num_generations,

@@ -67,7 +67,7 @@ class Ranks(NamedTuple):
         return float(self.rank[row][here].mean()) if here.any() else float("nan")
 
     def by_row(self, own: np.ndarray, forks: bool) -> np.ndarray:
-        """Compute the `mean` `[B]` of each row over the tokens where `own` `[B, T]` is True."""
+        """Return `mean` of each row `[B]`, over the tokens where `own [B, T]` is True."""
         return np.array([self.mean(row, tokens, forks) for row, tokens in enumerate(own)])
 
 

@@ -58,7 +58,7 @@ class Lookup:
         return packed.astype(np.int32)
 
     def is_question(self, rows: np.ndarray) -> np.ndarray:
-        """Return whether each token of `rows`, except the last token, is a question `[N, seq_len]`.
+        """Return which tokens ask for an answer at the next position, `[N, seq_len]` bool.
 
         Args:
             rows: Rows `[N, seq_len + 1]` int32, as the method `rows` returns them.

@@ -108,7 +108,7 @@ class SeeingModel(nnx.Module):
             )
         decoder = model.backbone()
         self.model, self.before = model, before
-        gain = embedding_size(decoder)
+        gain = embedding_rms(decoder)
         self.projector = Projector(shape, tokens, hidden, decoder.embed_dim, gain, rngs=rngs)
 
     def log_probs(
@@ -155,7 +155,7 @@ def answer_loss(
     return -found.sum(), batch["scored"].sum(dtype=jnp.float32), {}
 
 
-def embedding_size(decoder: Any) -> jax.Array:
+def embedding_rms(decoder: Any) -> jax.Array:
     """Compute the root mean square of token embeddings, over at most 1,024 evenly spaced ids.
 
     Args:

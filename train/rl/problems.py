@@ -104,7 +104,7 @@ class GeneratedProblems:
 
     A problem depends on the options, the seed, the split and the index alone. A hash of the problem
     decides its split for all seeds, so that no seed trains on the test problems of another seed. A
-    subclass defines `draw`, `hashed` and `made`.
+    subclass defines `draw`, `split_key` and `made`.
 
     Attributes:
         seed: Seed of the order of problems, 0 or more.
@@ -140,7 +140,7 @@ class GeneratedProblems:
         """
         raise NotImplementedError(f"{type(self).__name__} draws no problems")
 
-    def hashed(self, drawn: tuple[Any, ...]) -> str:
+    def split_key(self, drawn: tuple[Any, ...]) -> str:
         """Return a text that identifies a problem, whose hash decides the problem's split.
 
         Args:
@@ -184,7 +184,7 @@ class GeneratedProblems:
         rng = np.random.default_rng([self.seed, split == "test", index])
         for _ in range(_ATTEMPTS):
             drawn = draw(rng)
-            if is_held_out(self.hashed(drawn)) == (split == "test"):
+            if is_held_out(self.split_key(drawn)) == (split == "test"):
                 return drawn
         raise ValueError(
             f"{self.name} has too few different problems to hold some out for {split}: "

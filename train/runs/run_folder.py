@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from train.cli.plugins import missing_plugins
-from train.devices.distributed import broadcast, is_multiprocess, sync_errors
+from train.devices.distributed import allgather, is_multiprocess, sync_errors
 from train.runs.metadata import why_other_data
 from train.runs.resume import differences
 
@@ -94,7 +94,7 @@ def run_lock(out: Path) -> Iterator[None]:
             if jax.process_index() == 0:
                 locks.enter_context(_first(out, token))
         if is_multiprocess():
-            first, *_ = broadcast(token)
+            first, *_ = allgather(token)
             with sync_errors():
                 _check_shared(out, first)
                 if jax.process_index() > 0:
@@ -104,7 +104,7 @@ def run_lock(out: Path) -> Iterator[None]:
             # Process 0 unlocks last, so that the next run finds no process of this one.
             if jax.process_index() > 0:
                 locks.close()
-            broadcast(None)
+            allgather(None)
 
 
 @contextlib.contextmanager

@@ -136,7 +136,7 @@ class GeneralPoints(InstructedEnvironment):
 
         Returns:
             Ranks of the cards, and the sorted values of the cards under the last map as a text,
-            which `hashed` uses.
+            which `split_key` uses.
 
         Raises:
             ValueError: In 200 attempts no such hand was found.
@@ -156,7 +156,7 @@ class GeneralPoints(InstructedEnvironment):
             "target or more cards"
         )
 
-    def hashed(self, drawn: tuple[Any, ...]) -> str:
+    def split_key(self, drawn: tuple[Any, ...]) -> str:
         return f"{self.word} {drawn[1]}"  # of values: different ranks can have equal values
 
     def start(self, drawn: Sequence[str]) -> tuple[str, ...]:

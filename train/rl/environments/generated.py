@@ -82,12 +82,12 @@ class GeneratedEnvironment(GeneratedProblems):
         """
         raise self._missing("draw(rng)")
 
-    def hashed(self, drawn: tuple[Any, ...]) -> str:
+    def split_key(self, drawn: tuple[Any, ...]) -> str:
         return f"{self.word} {json.dumps(drawn[0])}"
 
     def made(self, drawn: tuple[Any, ...]) -> Problem:
         answer, kind = drawn
-        uid = f"{self.word}-{digest(self.hashed(drawn)):016x}"
+        uid = f"{self.word}-{digest(self.split_key(drawn)):016x}"
         return Problem(uid, self.prompt(answer), answer, kind)
 
     def prompt(self, answer: Any) -> str:

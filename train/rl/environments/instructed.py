@@ -240,8 +240,8 @@ class InstructedEnvironment(GeneratedEnvironment):
             maps: Map in the prompt and map for scoring. The problem must be solvable with each.
 
         Returns:
-            The problem as a JSON-serialisable value for `start`, and a text from which `hashed` may
-            decide the split.
+            The problem as a JSON-serialisable value for `start`, and a text from which `split_key`
+            may decide the split.
         """
         raise self._missing("draw(rng, *maps)")
 

@@ -21,7 +21,7 @@ class Generated(GeneratedProblems):
         """Sample the prompt, the answer and the kind of a problem of either split."""
         raise NotImplementedError(f"{type(self).__name__} draws no problems: write draw(rng)")
 
-    def hashed(self, drawn: tuple[Any, ...]) -> str:
+    def split_key(self, drawn: tuple[Any, ...]) -> str:
         return drawn[0]
 
     def made(self, drawn: tuple[Any, ...]) -> Problem:
