@@ -139,7 +139,7 @@ def test_a_person_plays(monkeypatch, capsys):
     code = make_task("mastermind", 0).problem("train", 2).answer
     main(PlayConfig("mastermind", index=2))
     printed = capsys.readouterr().out
-    assert printed.startswith("Mastermind: the prompt is") and "3 of 1-6? \n" in printed
+    assert printed.startswith("Mastermind: a prompt is") and "3 of 1-6? \n" in printed
     assert printed.count(" 3 of 1-6? \n") == 2 and f" {code.count('2')} exact 0 near " in printed
     assert printed.endswith("left before the end\n")
     keyboard(monkeypatch, ["999", code])

@@ -304,7 +304,7 @@ def grant(
         token i             0  1  2  3  4
         demand w_i          1  0  2  1  1
         budget b_i          0  1  1  2  2
-        kept so far n_i     0  0  1  2  2
+        granted n_i         0  0  1  2  2
         kept n_i - n_{i-1}  0  0  1  1  0
 
     The budget that token 1 does not use pays for the better of token 2's two candidates. Two steps
