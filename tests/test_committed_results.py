@@ -1,4 +1,4 @@
-"""Every result file of the pages prints its table: a field that is renamed breaks none of them."""
+"""Every result file of the pages prints a table, though a report may leave out what it misses."""
 
 import sys
 from pathlib import Path

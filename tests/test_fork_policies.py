@@ -82,8 +82,8 @@ EVERY = {
     "window, burst": PrefixRank(1.5, window=3, burst=2),
     "no gate": Threshold(1.5, gate=False, offset=0.1),
     "streams": TopK(streams=20),
-    "EvenTokens": EvenTokens(),
-    "Loud": Loud(),
+    "own EvenTokens": EvenTokens(),
+    "own Loud": Loud(),
 }
 
 

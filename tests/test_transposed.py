@@ -13,7 +13,7 @@ from test_for_decoding import CONFIG, PROMPTS, temporaries
 from thoughtbubbles import ModelConfig, Thoughtbubbles, decoding, transposed
 from thoughtbubbles.decoding import generate
 from thoughtbubbles.quantisation import quantise
-from thoughtbubbles.transposed import TransposedKernel, transpose_kernels
+from thoughtbubbles.transposed import TransposedKernel, can_transpose, transpose_kernels
 
 BATCH = [[1, 2, 3], [4, 5], [6]]
 UNTIED = dataclasses.replace(
@@ -45,9 +45,13 @@ def scored(model: Thoughtbubbles, tokens: jax.Array) -> tuple[jax.Array, jax.Arr
 def test_it_is_the_same_model(config, rows):
     model = made(config)
     form = model.for_decoding()
-    assert transpose_kernels(form) and not transpose_kernels(form)
+    assert can_transpose(form)
+    transpose_kernels(form)
+    assert not can_transpose(form)
     kernels = [k for _, k in nnx.iter_graph(form) if isinstance(k, TransposedKernel)]
-    assert len(kernels) == config.num_layers * (7 if config.mlp == "swiglu" else 6) + 1
+    assert (
+        len(kernels) == config.num_layers * (7 if config.mlp == "swiglu" else 6) + config.tied_head
+    )
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, 32, (rows, 1 if rows < 3 else 3)))
     for found, expected in zip(scored(form, tokens), scored(model, tokens), strict=True):
         assert found.dtype == jnp.float32
@@ -61,8 +65,11 @@ def test_a_batch_is_generated_with_it_and_a_single_prompt_uses_what_is_there():
     [kept] = decoding._KEPT
     assert isinstance(kept.form.unstacked[0].mlp.up, nnx.Param)
     assert generate(model, BATCH, 6) == alone
-    assert decoding._KEPT[0] is kept and isinstance(kept.form.head, TransposedKernel)
+    assert isinstance(kept.form.unstacked[0].mlp.up, nnx.Param), "a thread may decode with it"
+    [kept] = decoding._KEPT
+    assert isinstance(kept.form.unstacked[0].mlp.up, TransposedKernel)
     assert kept.form.head.matrix.get_value() is kept.form.embed.get_value()
+    assert generate(model, BATCH, 6) == alone and decoding._KEPT[0] is kept
     assert generate(model, [BATCH[0]], 6) == alone[:1]
     assert isinstance(model.for_decoding().unstacked[0].mlp.up, nnx.Param)
     held = model.for_decoding()  # by the caller, who holds one copy of the weights
@@ -82,18 +89,31 @@ def test_no_program_copies_a_kernel():
 
 def test_only_large_models_in_float32_on_one_cpu_are_changed(monkeypatch):
     model = made(CONFIG)
-    assert not transpose_kernels(model.for_decoding())  # small
+    assert not can_transpose(model.for_decoding())  # small
     monkeypatch.setattr(transposed, "LEAST_BYTES", 0)
     form = model.for_decoding()
-    assert transpose_kernels(form)
+    assert can_transpose(form)
+    transpose_kernels(form)
     assert isinstance(form.unstacked[0].mlp.up, nnx.Param)  # 16,384 elements
     monkeypatch.setattr(transposed, "LEAST_ELEMENTS", 0)
-    assert not transpose_kernels(model)  # stacked
-    assert not transpose_kernels(quantise(model.for_decoding()))
-    assert not transpose_kernels(made(dataclasses.replace(CONFIG, dtype="bfloat16")).for_decoding())
+    assert not can_transpose(model)  # stacked
+    assert not can_transpose(quantise(model.for_decoding()))
+    assert not can_transpose(made(dataclasses.replace(CONFIG, dtype="bfloat16")).for_decoding())
     mesh = jax.make_mesh((2,), ("data",), (jax.sharding.AxisType.Auto,))
     everywhere = jax.NamedSharding(mesh, jax.P())
-    assert not transpose_kernels(jax.device_put(model.for_decoding(), everywhere))
+    assert not can_transpose(jax.device_put(model.for_decoding(), everywhere))
     halves = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), model)
-    assert not transpose_kernels(halves.for_decoding())
-    assert jax.jit(lambda model: transpose_kernels(model.for_decoding()) or 0)(model) == 0
+    assert not can_transpose(halves.for_decoding())
+    assert jax.jit(lambda model: can_transpose(model.for_decoding()) or 0)(model) == 0
+
+
+@pytest.mark.usefixtures("small_counts")
+def test_a_subclass_keeps_its_kernels():
+    class Own(Thoughtbubbles):
+        def unembed(self, hidden):
+            return super().unembed(hidden) if self.head is None else hidden @ self.head[...]
+
+    abstract = nnx.eval_shape(lambda: Own(CONFIG, rngs=nnx.Rngs(0)))
+    model = rl_tiny.filled(abstract, scale=0.1)
+    assert generate(model, BATCH, 4) == generate(made(CONFIG), BATCH, 4)
+    assert isinstance(decoding.decoding_form(model, None, 3).unstacked[0].mlp.up, nnx.Param)

@@ -24,7 +24,7 @@ from thoughtbubbles.policy import Policy
 from thoughtbubbles.prefill import Progress, in_blocks, long_cache, prefill
 from thoughtbubbles.sampling import Sampling, sample
 from thoughtbubbles.short_repr import ShortRepr
-from thoughtbubbles.transposed import transpose_kernels
+from thoughtbubbles.transposed import can_transpose, transpose_kernels
 
 SHORTEST_PROMPT = 16
 SMALLEST_CACHE = 64
@@ -320,8 +320,12 @@ def decoding_form(model: Architecture, policy: Policy | None, rows: int = 1) -> 
         if form is not model and not _KEPT:
             were = tuple(weakref.ref(leaf, _forget) for leaf in leaves)
             _KEPT.append(_DecodingForm(structure, were, form))
-        if form is not model and rows > 1:
-            transpose_kernels(form)  # in the cached form too
+        if rows > 1 and form is not model and type(form) is Thoughtbubbles and can_transpose(form):
+            _KEPT.clear()
+            form = model.for_decoding()  # anew: another thread may decode with the cached form
+            transpose_kernels(form)
+            were = tuple(weakref.ref(leaf, _forget) for leaf in leaves)
+            _KEPT.append(_DecodingForm(structure, were, form))
     return form if policy is None else form.with_policy(policy)
 
 

@@ -51,45 +51,50 @@ class TransposedKernel(nnx.Module):
         return y.reshape(*rows, *self.outputs)
 
 
-def transpose_kernels(model: Any) -> bool:
-    """Replace the large kernels of a result of `for_decoding` by transposed ones, in place.
-
-    Only a large `Thoughtbubbles` model in float32 on one CPU device is changed, which then decodes
-    a batch faster and a single row up to a tenth slower. Results differ by rounding.
+def can_transpose(model: Any) -> bool:
+    """Whether a result of `for_decoding` is a large model in float32 on one CPU device.
 
     Args:
-        model: Model for inference, with unstacked blocks that no other model shares.
-
-    Returns:
-        Whether the model was changed.
+        model: `Thoughtbubbles` model with unstacked blocks.
     """
-    blocks = getattr(model, "unstacked", None) or []
-    held = [
-        (layer, name, kernel)
-        for block in blocks
-        for part, names in KERNELS.items()
-        for layer in [getattr(block, part)]
-        for name in names
-        if isinstance(kernel := getattr(layer, name), nnx.Param)
-    ]
-    table = getattr(model, "embed", None) if getattr(model, "head", None) is None else model.head
-    arrays = [kernel.get_value() for *_, kernel in held]
-    if not held or not isinstance(table, nnx.Param) or not all(map(_in_float32_on_one_cpu, arrays)):
+    kernels = [kernel for *_, kernel in _kernels(model)]
+    if not kernels or not all(isinstance(kernel, nnx.Param) for kernel in kernels):
         return False
-    small = sum(array.nbytes for array in arrays) < LEAST_BYTES
-    if small or jnp.dtype(model.config.dtype) != jnp.float32:
-        return False
-    del arrays
-    while held:  # each kernel is freed before the next one is transposed
-        layer, name, kernel = held.pop()
+    arrays = [kernel.get_value() for kernel in kernels]
+    large = sum(array.nbytes for array in arrays) >= LEAST_BYTES
+    computes_so = jnp.dtype(model.config.dtype) == jnp.float32
+    return large and computes_so and all(map(_in_float32_on_one_cpu, arrays))
+
+
+def transpose_kernels(model: Any) -> None:
+    """Replace the large kernels of a model's blocks by transposed ones, in place.
+
+    The model then decodes a batch faster and a single row up to a tenth slower. Results differ by
+    rounding. A tied LM head multiplies the embedding's array, which is transposed already.
+
+    Args:
+        model: Model that `can_transpose`, for inference, whose blocks no other model shares.
+    """
+    for layer, name, kernel in _kernels(model):
         array, inputs = kernel.get_value(), kernel.get_metadata()["inputs"]
         if array.size >= LEAST_ELEMENTS:
             matrix = array.reshape(math.prod(array.shape[:inputs]), -1).T
             setattr(layer, name, nnx.data(TransposedKernel(matrix, array.shape[inputs:], inputs)))
-    array = table.get_value()
-    matrix = array if model.head is None else array.T  # a tied head shares the embedding's array
-    model.head = nnx.data(TransposedKernel(matrix, (len(matrix),)))
-    return True
+    if model.head is None and isinstance(model.embed, nnx.Param):
+        table = model.embed.get_value()
+        model.head = nnx.data(TransposedKernel(table, (len(table),)))
+
+
+def _kernels(model: Any) -> list[tuple[Any, str, Any]]:
+    """List the layer, the name and the kernel of each linear layer of the unstacked blocks."""
+    layers = [
+        (getattr(block, part), name)
+        for block in getattr(model, "unstacked", None) or []
+        for part, names in KERNELS.items()
+        for name in names
+    ]
+    found = [(layer, name, getattr(layer, name)) for layer, name in layers]
+    return [(layer, name, kernel) for layer, name, kernel in found if kernel is not None]
 
 
 def _in_float32_on_one_cpu(array: Any) -> bool:
