@@ -1,6 +1,7 @@
 """Kernels stored transposed for a batch on a CPU: the same model, no copies, only where it pays."""
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -75,6 +76,15 @@ def test_a_batch_is_generated_with_it_and_a_single_prompt_uses_what_is_there():
     held = model.for_decoding()  # by the caller, who holds one copy of the weights
     generate(held, BATCH, 6)
     assert isinstance(held.unstacked[0].mlp.up, nnx.Param)
+
+
+@pytest.mark.parametrize(("rows", "found"), [(1, "1,40"), (8, "40,8"), (300, "300,40")])
+def test_the_kernel_is_the_first_operand_of_a_few_rows(rows, found):
+    """XLA folds transposes into a product, unless barriers keep it as it is written."""
+    kernel = TransposedKernel(jnp.ones((40, 24)), (40,))
+    program = jax.jit(lambda kernel, x: kernel(x)).lower(kernel, jnp.ones((rows, 24))).compile()
+    products = re.findall(r"f32\[([\d,]+)\]\{1,0[^}]*\} dot\(", program.as_text())
+    assert products == [found]
 
 
 @pytest.mark.usefixtures("small_counts")

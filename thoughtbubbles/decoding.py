@@ -304,7 +304,7 @@ def decoding_form(model: Architecture, policy: Policy | None, rows: int = 1) -> 
         model: Model to decode with.
         policy: Fork policy in place of the model's own; None for the model's own.
         rows: Number of rows that are decoded at a time. For more than one, large kernels may be
-            stored transposed (`transpose_kernels`).
+            stored transposed (`transpose_kernels`); later calls with one row reuse that form.
     """
     form = model
     leaves, structure = jax.tree.flatten(model)
@@ -314,18 +314,18 @@ def decoding_form(model: Architecture, policy: Policy | None, rows: int = 1) -> 
                 was() is leaf for was, leaf in zip(kept.leaves, leaves, strict=True)
             ):
                 form = kept.form
-        if form is model:
+        cached = form is not model
+        if not cached:
             _KEPT.clear()  # first, so that there are never two
             form = model.for_decoding()
-        if form is not model and not _KEPT:
-            were = tuple(weakref.ref(leaf, _forget) for leaf in leaves)
-            _KEPT.append(_DecodingForm(structure, were, form))
         if rows > 1 and form is not model and type(form) is Thoughtbubbles and can_transpose(form):
-            _KEPT.clear()
-            form = model.for_decoding()  # anew: another thread may decode with the cached form
+            if cached:  # another thread may decode with that form
+                _KEPT.clear()
+                form, cached = model.for_decoding(), False
             transpose_kernels(form)
+        if form is not model and not cached:
             were = tuple(weakref.ref(leaf, _forget) for leaf in leaves)
-            _KEPT.append(_DecodingForm(structure, were, form))
+            _KEPT[:] = [_DecodingForm(structure, were, form)]
     return form if policy is None else form.with_policy(policy)
 
 
