@@ -78,12 +78,13 @@ def small(name: str) -> ArchitectureConfig:
 def recurrent(tmp_path_factory):
     """The example of the docs as a module `mine_recurrent`, in the registry while tests run."""
     folder = tmp_path_factory.mktemp("plugin")
-    (folder / "mine_recurrent.py").write_text(EXAMPLE)
+    named = EXAMPLE.replace('"recurrent"', '"own_recurrent"')  # beside a plugin's entry
+    (folder / "mine_recurrent.py").write_text(named)
     sys.path.append(str(folder))
     known = dict(ARCHITECTURES)
     import mine_recurrent  # pyright: ignore[reportMissingImports]
 
-    SMALL["recurrent"] = mine_recurrent.RecurrentConfig(vocab_size=64, embed_dim=16)
+    SMALL["own_recurrent"] = mine_recurrent.RecurrentConfig(vocab_size=64, embed_dim=16)
     yield mine_recurrent
     ARCHITECTURES.clear()
     ARCHITECTURES.update(known)
@@ -91,7 +92,7 @@ def recurrent(tmp_path_factory):
     del sys.modules["mine_recurrent"]  # a worker may come back to this file
 
 
-NAMES = dict.fromkeys((*ARCHITECTURES, "recurrent"))  # with those of --plugin
+NAMES = dict.fromkeys((*ARCHITECTURES, "own_recurrent"))  # with those of --plugin
 
 
 @pytest.fixture(params=NAMES)
@@ -187,12 +188,12 @@ def test_a_config_outside_of_the_registry_is_named():
         from_text("gone", {"hatchling": HatchlingConfig}, "architecture")
     with pytest.raises(ValueError, match="names no architecture, an older version made it"):
         model_from_json({"vocab_size": 64})
-    with pytest.raises(ValueError, match="architecture recurrent has no field 'depth'"):
-        model_from_json({"architecture": "recurrent", "depth": 3})
+    with pytest.raises(ValueError, match="architecture own_recurrent has no field 'depth'"):
+        model_from_json({"architecture": "own_recurrent", "depth": 3})
 
 
 def test_what_an_architecture_lacks_is_said_in_one_line(recurrent):
-    config = SMALL["recurrent"]
+    config = SMALL["own_recurrent"]
     model = recurrent.Recurrent(config, rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match="Recurrent has no bubbles: use generate"):
         generate_with_bubbles(model, [[1]], 2)
@@ -217,7 +218,7 @@ def test_what_an_architecture_lacks_is_said_in_one_line(recurrent):
 @pytest.mark.parametrize(
     ("text", "config", "smaller", "targets"),
     [
-        ("recurrent(embed_dim=16)", "RecurrentConfig", "recurrent(embed_dim=8)", ()),
+        ("own_recurrent(embed_dim=16)", "RecurrentConfig", "own_recurrent(embed_dim=8)", ()),
         pytest.param(
             "hatchling(embed_dim=16, num_neurons=32, num_layers=2, num_heads=2)",
             "hatchling (released) of 32 neurons",
@@ -226,7 +227,7 @@ def test_what_an_architecture_lacks_is_said_in_one_line(recurrent):
             marks=pytest.mark.experiment,  # its runs in CI: tests/test_hatchling_growth.py
         ),
     ],
-    ids=["recurrent", "hatchling"],
+    ids=["own_recurrent", "hatchling"],
 )
 def test_ordinary_commands_run_it(
     monkeypatch, capsys, tmp_path, recurrent, text, config, smaller, targets
@@ -303,7 +304,7 @@ def test_ordinary_commands_run_it(
 
 def test_advice_changes_only_what_a_config_has(recurrent):
     """Of how much is recomputed: what its own field offers."""
-    configs = {"hatchling": {"none": {"none", "full"}}, "recurrent": {"none": {"none"}}}
+    configs = {"hatchling": {"none": {"none", "full"}}, "own_recurrent": {"none": {"none"}}}
     for name, by_start in configs.items():
         for start, known in by_start.items():
             model = SMALL[name]

@@ -38,5 +38,6 @@ def test_the_entries_of_the_pages_keep_all_contracts(tmp_path: Path):
     found = run(tmp_path, "--plugin", "of_pages", *files)
     assert found.returncode == 0, found.stdout[-3000:]
     shown = run(tmp_path, "--plugin", "of_pages", *files, "--collect-only").stdout
-    for word in ("EvenTokens", "rank_grpo", "unsolved", "second_chance", "twice", "countdown"):
+    policies, parts = ("EvenTokens",), ("rank_grpo", "unsolved", "second_chance")
+    for word in (*policies, *parts, "recurrent", "twice", "countdown", "sums"):
         assert re.search(rf"[\[-]{word}\]", shown), word
