@@ -510,6 +510,7 @@ with Checkpointer(directory, save_interval=1000) as checkpointer:
     for old, new in zip(again["w"].addressable_shards, params["w"].addressable_shards):
         assert (old.data == new.data).all()
     assert (jax.random.key_data(key["key"]) == jax.random.key_data(train["key"])).all()
+jax.distributed.shutdown()  # by hand: the end of a forked process does not call what jax registers
 print(step)
 """
 
