@@ -1,6 +1,7 @@
 """Analysis of latent memory: record latents; compute clusters, ranks and nearest tokens."""
 
 import dataclasses
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -104,18 +105,17 @@ class LatentRecorder:
         )
 
     def save(self, path: str | Path) -> None:
-        """Write all records to an .npz file.
+        """Write all records to an .npz file, atomically: a reader sees the old file or the new one.
 
         Raises:
             ValueError: Nothing was recorded, or the file name does not end in .npz.
         """
-        np.savez_compressed(
-            _npz(path),
-            decisions=self.decisions,
-            count=self.count,
-            row_tag=self.row_tag,
-            **vars(self.memories()),
-        )
+        path, memories = _npz(path), vars(self.memories())
+        records = {"decisions": self.decisions, "count": self.count, "row_tag": self.row_tag}
+        partial = path.with_name(path.name + ".partial")
+        with partial.open("wb") as file:
+            np.savez_compressed(file, **records, **memories)
+        os.replace(partial, path)
 
     @classmethod
     def load(cls, path: str | Path) -> "LatentRecorder":
@@ -292,7 +292,7 @@ def nearest_tokens(latents: np.ndarray, embedding_table: np.ndarray, k: int = 5)
     latents, table = np.asarray(latents, np.float32), np.asarray(embedding_table, np.float32)
     directions = unit_rows(table)
     ids, cosines = [], []
-    for start in range(0, len(latents), 256):  # 256 rows of V cosines at once
+    for start in range(0, max(len(latents), 1), 256):  # 256 rows of V cosines at once
         cosine = unit_rows(latents[start : start + 256]) @ directions.T
         best = np.argpartition(-cosine, k - 1, axis=1)[:, :k]
         found = np.take_along_axis(cosine, best, axis=1)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.core import Tracer
 from jax.experimental import multihost_utils
 
 
@@ -132,6 +133,33 @@ def check_lengths(length: Any, rows: int, name: str = "length") -> None:
         raise ValueError(f"{name} of shape {shape} for {rows} rows: give one number a row")
     if not jnp.issubdtype(dtype, jnp.integer):
         raise ValueError(f"{name} of type {dtype}: give integers, such as int32")
+
+
+def checked_lengths(length: Any, tokens: jax.Array) -> Any:
+    """Return the number of real tokens of each row of `tokens [B, C]`, `[B]`, as an array.
+
+    Raises:
+        ValueError: `length` is not `[B]` of integers, or (checked unless traced) not from 0 to `C`.
+    """
+    rows, most = tokens.shape
+    check_lengths(length, rows)
+    length = length if hasattr(length, "dtype") else np.asarray(length, np.int32)
+    if not isinstance(length, Tracer):
+        for row, count in enumerate(on_host(length).tolist()):
+            if not 0 <= count <= most:
+                raise ValueError(
+                    f"length {count} of row {row}, which has {most} tokens: choose from 0 to {most}"
+                )
+    return length
+
+
+def check_stream_length(length: int, capacity: int) -> None:
+    """Raise a ValueError if a row of `length` tokens and latents exceeds a session's capacity."""
+    if length > capacity:
+        raise ValueError(
+            f"a row would grow to {length} tokens and latents, the session holds "
+            f"{capacity}: begin with more max_responses"
+        )
 
 
 def check_module(module: Any) -> None:

@@ -105,7 +105,8 @@ class TriggerConfig:
             reasoner's input, which is embedded tokens and latents), or "reasoner_hidden" (the
             reasoner's hidden state, which needs no second forward pass and no adapter).
         init_invoke_prob: Probability of invoking the weaver before any training.
-        lora: Adapter of the trigger on its backbone.
+        lora: Adapter of the trigger on its backbone. Its dropout has no effect: the trigger is
+            trained by reward, which scores decisions as they were sampled, without dropout.
     """
 
     source: Literal["tokens", "stream", "reasoner_hidden"] = "tokens"

@@ -116,8 +116,12 @@ class ContinualReport(ShortRepr):
         return "\n".join(lines)
 
     def save(self, path: Path) -> None:
-        """Write the report as JSON, atomically: a reader sees the old file or the new one."""
+        """Write the report as JSON, atomically: a reader sees the old file or the new one.
+
+        A missing folder is made.
+        """
         content = json.dumps({"tasks": self.tasks, "accuracy": self.accuracy.tolist()})
+        path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(path.name + ".partial")
         partial.write_text(content + "\n", encoding="utf-8")
         os.replace(partial, path)

@@ -15,10 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from memgen.checks import check_lengths, check_rows, checked_ids, on_host
+from memgen.checks import check_rows, checked_ids, checked_lengths, on_host
 from memgen.delimiters import is_boundary
 from memgen.events import Decoders, Grouping, Loop, memory_event
-from memgen.insertion import Plan, assemble, check_plan, stream_length
+from memgen.insertion import Plan, assemble, check_replay, stream_length
 from memgen.model import MemGen, check_memgen
 from memgen.placement import AnyArray, embed, placed_beside, row_shards
 from memgen.request import (
@@ -145,11 +145,11 @@ def begin(
 
     Raises:
         ValueError: The prompts are longer than `max_tokens`, or `tokens`, `length` or `keys` has a
-            wrong shape or dtype.
+            wrong shape, dtype or value.
     """
     check_memgen(memgen)
     tokens = checked_ids(tokens)
-    check_lengths(length, tokens.shape[0])
+    length = checked_lengths(length, tokens)
     check_rows(tokens.shape[0], keys=keys)
     if tokens.shape[1] > max_tokens:
         raise ValueError(
@@ -213,17 +213,15 @@ def replay(
             including the responses that are part of the texts.
 
     Raises:
-        ValueError: The texts are longer than `max_tokens`, or the plan does not fit the texts.
+        ValueError: The texts are longer than `max_tokens`, there is no capacity for the latents
+            (under `jit` the row becomes NaN instead), or the arguments do not fit each other.
     """
     check_memgen(memgen)
     tokens = checked_ids(tokens)
-    check_lengths(length, tokens.shape[0])
+    length = checked_lengths(length, tokens)
     check_rows(tokens.shape[0], keys=keys, latents=latents)
-    if tokens.shape[1] > max_tokens:
-        raise ValueError(
-            f"texts of {tokens.shape[1]} tokens do not fit into max_tokens={max_tokens}: raise it"
-        )
-    check_plan(plan, tokens, latents.shape[2])
+    most = max_responses * memgen.config.max_latents
+    check_replay(plan, tokens, length, latents, max_tokens, most)
     return _replay(memgen, tokens, length, plan, latents, keys, max_tokens, max_responses)
 
 
@@ -248,12 +246,12 @@ def observe(memgen: MemGen, session: Session, tokens: AnyArray, length: AnyArray
 
     Raises:
         ValueError: A row would exceed the session's capacity (under `jit` the row becomes NaN
-            instead), or `tokens` or `length` has a wrong shape or dtype.
+            instead), or `tokens` or `length` has a wrong shape, dtype or value.
     """
     check_session(memgen, session)
     tokens = checked_ids(tokens)
-    check_lengths(length, session.tokens.shape[0])
     check_rows(session.tokens.shape[0], tokens=tokens)
+    length = checked_lengths(length, tokens)
     check_capacity(session, length)
     return _observe(memgen, session, tokens, length)
 
@@ -361,7 +359,7 @@ def _start(
         events=jnp.maximum(before, 0),
         waiting=jnp.zeros_like(session.count),
         done=done,
-        session=session.replace(responses=session.responses + 1),
+        session=session.replace(responses=session.responses + ~done),
         response=placed_beside(Response.empty(memgen, batch, capacity, vector), session.count),
     )
 

@@ -51,10 +51,11 @@ def boundary_table(
         return table
     if isinstance(delimiters, (str, bytes)) or not hasattr(delimiters, "__iter__"):
         raise ValueError(f"delimiters={delimiters!r}: give a tuple, such as (',', '.')")
+    delimiters = tuple(delimiters)  # an iterator is read once
     if not delimiters or not all(delimiters):
-        raise ValueError(f"delimiters={tuple(delimiters)}: give at least one, none of them empty")
+        raise ValueError(f"delimiters={delimiters}: give at least one, none of them empty")
     if mode == "suffix":
-        table[[text.endswith(tuple(delimiters)) for text in texts]] = BOUNDARY
+        table[[text.endswith(delimiters) for text in texts]] = BOUNDARY
     elif mode == "exact_id":
         if encode is None:
             raise ValueError("mode='exact_id' looks delimiters up: pass encode")

@@ -15,7 +15,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from memgen.checks import check_config, check_lengths, checked_ids, checked_mask, on_host
+from memgen.checks import (
+    check_config,
+    check_lengths,
+    check_stream_length,
+    checked_ids,
+    checked_mask,
+    on_host,
+)
 from memgen.config import MemGenConfig
 from memgen.delimiters import is_boundary
 from memgen.placement import AnyArray, broadcast_beside
@@ -109,6 +116,34 @@ def check_plan(plan: Plan, tokens: Int[AnyArray, "B L"], slots: int) -> None:
             f"a plan with point {last} for rows of {length} tokens: choose from 0 to {length - 1}"
         )
     _check_ascending(on_host(plan.point))
+
+
+def check_replay(
+    plan: Plan, tokens: jax.Array, length: Any, latents: Any, max_tokens: int, max_latents: int
+) -> None:
+    """Raise a ValueError unless texts, a plan and its latents fit each other and a session.
+
+    Args:
+        plan: Plan of the events, each of which needs latents.
+        tokens: `[B, C]` token ids.
+        length: `[B]`, number of real tokens in each row; not checked if traced.
+        latents: `[B, E, K, D]` latents of each event.
+        max_tokens: Maximum number of tokens of a row.
+        max_latents: Number of latents of a row for which there is capacity beside `max_tokens`.
+    """
+    if tokens.shape[1] > max_tokens:
+        raise ValueError(
+            f"texts of {tokens.shape[1]} tokens do not fit into max_tokens={max_tokens}: raise it"
+        )
+    check_plan(plan, tokens, latents.shape[2])
+    if latents.shape[1] != plan.point.shape[1]:
+        raise ValueError(
+            f"latents of {latents.shape[1]} events for a plan of {plan.point.shape[1]}: give those "
+            "of each event of the plan"
+        )
+    if not any(isinstance(values, Tracer) for values in (length, plan.width)):
+        longest = (on_host(length) + on_host(plan.width).sum(axis=1)).max()
+        check_stream_length(int(longest), max_tokens + max_latents)
 
 
 def stream_index(plan: Plan, length: int) -> Int[Array, "B L"]:
@@ -216,9 +251,14 @@ def plan_insertions(
     return _plan(jnp.where(point < length, point, -1), config)
 
 
+def up_to_response_end(loss_mask: jax.Array) -> jax.Array:
+    """Return a mask `[B, L]` of each row's tokens up to the last one in `loss_mask [B, L]`."""
+    return jnp.cumsum(loss_mask[:, ::-1], axis=1)[:, ::-1] > 0
+
+
 def _row_keys(key: jax.Array, tokens: jax.Array, loss_mask: jax.Array) -> jax.Array:
     """Derive a PRNG key for each row from its tokens up to the last token of the response."""
-    text = jnp.cumsum(loss_mask[:, ::-1], axis=1)[:, ::-1] > 0
+    text = up_to_response_end(loss_mask)
     weights = jnp.cumprod(jnp.full(tokens.shape[1:], HASH, jnp.uint32))
     hashes = jnp.where(text, (tokens + 1).astype(jnp.uint32) * weights, 0).sum(axis=1)
     return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, hashes.astype(jnp.uint32))
@@ -243,6 +283,8 @@ def plan_from_decisions(
         raise ValueError(f"decisions of shape {jnp.shape(decisions)}: give [batch, new tokens]")
     decisions, prompt_length = jnp.asarray(decisions), jnp.asarray(prompt_length)
     check_lengths(prompt_length, len(decisions), "prompt_length")
+    if not decisions.shape[1]:  # no token, so no event
+        decisions = jnp.pad(decisions, ((0, 0), (0, 1)), constant_values=-1)
     step = jnp.arange(decisions.shape[1])
     later = jnp.sort(jnp.where(decisions[:, 1:] == 1, step[1:], step.size), axis=1)
     later = later[:, : config.max_inference_events]

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from memgen.backbone import DecoderBackbone
 from memgen.checks import check_by_token, check_decisions, checked_ids, checked_mask
-from memgen.insertion import Plan
+from memgen.insertion import Plan, up_to_response_end
 from memgen.model import MemGen, check_memgen
 from memgen.placement import AnyArray
 
@@ -94,7 +94,7 @@ def by_chunk(part: Callable[..., Any], values: Sequence[jax.Array], chunk: int =
         Pytree of arrays `[B, L]`, in which the results of all chunks are concatenated.
     """
     batch, length = jnp.shape(values[0])[:2]
-    chunk = min(chunk, length, max(1, CHUNK * 32 // batch))
+    chunk = max(1, min(chunk, length, CHUNK * 32 // max(batch, 1)))
     parts = -(-length // chunk)
     padding = ((0, 0), (0, parts * chunk - length))
 
@@ -136,7 +136,9 @@ def sft_loss(
     check_memgen(memgen)
     tokens = checked_ids(tokens)
     loss_mask = checked_mask(loss_mask, tokens)
-    hidden = memgen.predictors(tokens, plan, dropout)
+    # Attention would spread the NaN of padding whose ids are outside of the vocabulary.
+    read = jnp.where(up_to_response_end(loss_mask), tokens, 0)
+    hidden = memgen.predictors(read, plan, dropout)
     log_probs = token_log_probs(memgen.reasoner, hidden, tokens, loss_mask)
     return -log_probs.sum(), loss_mask.sum(dtype=jnp.float32)
 

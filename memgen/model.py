@@ -194,7 +194,7 @@ class MemGen(Module):
         """Embed tokens, and insert the latents that the weaver writes for all events of a plan.
 
         Args:
-            tokens: Token ids, padded on the right with any ids.
+            tokens: Token ids, padded on the right with any ids of the vocabulary.
             plan: Events of each row; each event must stand before a real token.
             dropout: PRNG key of the adapter's dropout, for training; None switches dropout off.
                 With `latents_see_latents`, each event has its own dropout mask.

@@ -1,5 +1,6 @@
 """Check and prepare a request for generation: its options, prompts and PRNG keys."""
 
+import collections
 import dataclasses
 import zlib
 from collections.abc import Callable, Sequence
@@ -169,9 +170,13 @@ def row_keys(seed: int, prompts: Sequence[Sequence[int]]) -> jax.Array:
     """
     if not is_whole(seed):
         raise ValueError(f"seed={seed!r}: give a whole number")
-    rows = [tuple(prompt) for prompt in prompts]
-    repeats = [rows[:index].count(row) for index, row in enumerate(rows)]
-    hashes = [zlib.crc32(np.array(row, np.int32).tobytes()) for row in rows]
+    rows = [np.array(prompt, np.int32).tobytes() for prompt in prompts]
+    seen: collections.Counter[bytes] = collections.Counter()
+    repeats = []
+    for row in rows:
+        repeats.append(seen[row])
+        seen[row] += 1
+    hashes = [zlib.crc32(row) for row in rows]
     fold = jax.vmap(jax.random.fold_in)
     base = jnp.broadcast_to(jax.random.key(seed), (len(rows),))
     return fold(fold(base, jnp.array(hashes, jnp.uint32)), jnp.array(repeats, jnp.uint32))

@@ -89,6 +89,8 @@ class BM25Retriever:
             raise ValueError(
                 'BM25Retriever needs bm25s: pip install "thoughtbubbles[memgen]"'
             ) from error
+        if isinstance(passages, str):
+            raise ValueError("passages are one str: give a list of texts, such as [text]")
         words = [_words(passage) for passage in passages]
         if not any(words):
             raise ValueError(f"{len(passages)} passages without a word: give some text")
@@ -124,6 +126,10 @@ class BM25Retriever:
             ValueError: A file cannot be read or parsed, the files hold no text, `passage_words` is
                 below 1, or the constructor raises a ValueError.
         """
+        if isinstance(paths, str | Path):
+            raise ValueError(
+                f"paths={str(paths)!r}: give a list of paths, such as [{str(paths)!r}]"
+            )
         if passage_words < 1:
             raise ValueError(f"passage_words={passage_words}: choose 1 or more")
         passages = [
@@ -176,7 +182,7 @@ def _cut(document: str, words: int) -> Iterator[str]:
 
 def _documents(path: Path) -> list[str]:
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # without the mark of its byte order
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"cannot read {path}: {error}; give files of UTF-8 text") from error
     if path.suffix != ".jsonl":

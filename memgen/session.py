@@ -10,7 +10,7 @@ import numpy as np
 from jax.core import Tracer
 
 from memgen.backbone import cache_batch_axes, check_cache
-from memgen.checks import on_host
+from memgen.checks import check_stream_length, on_host
 from memgen.model import MemGen, check_memgen
 from memgen.placement import embed, placed_beside
 from memgen.short_repr import ShortRepr
@@ -152,7 +152,7 @@ class Session(ShortRepr):
         trigger: State of the trigger's decoder, updated at decisions only; None if the trigger has
             no decoder.
         keys: `[B]` PRNG keys, from which all random draws of a row are derived.
-        responses: `[B]` int32, number of responses in each row so far.
+        responses: `[B]` int32, number of responses in each row so far, without those of 0 tokens.
         capacity: Maximum number `S` of tokens and latents of a row (static).
         snippet_capacity: Maximum number of retrieved tokens of an event (static).
     """
@@ -293,8 +293,11 @@ class Session(ShortRepr):
         weaver = None if self.weaver is None else memgen.weaving()
         trigger = None if self.trigger is None else memgen.triggering()
         axes = self.batch_axes(memgen.reasoner, weaver, trigger)
-        take = lambda leaf, axis: leaf if axis is None else jnp.take(leaf, rows, axis=axis)  # noqa: E731
-        return jax.tree.map(take, self, axes).replace(keys=keys)
+
+        def take(leaf, axis):  # a copy: generation donates the buffers of the new session
+            return jnp.copy(leaf) if axis is None else jnp.take(leaf, rows, axis=axis)
+
+        return jax.tree.map(take, self, axes).replace(keys=jnp.copy(keys))
 
     def batch_axes(self, reasoner: Any, weaver: Any, trigger: Any) -> "Session":
         """Return a pytree like the session with the row axis of each array.
@@ -382,12 +385,7 @@ def check_capacity(session: Session, tokens: Any, latents: int = 0) -> None:
             f"{session.tokens.shape[1]}: begin with more"
         )
     more = tokens + latents * (tokens > 0)
-    length = int((on_host(session.reasoner.length) + more).max())
-    if length > session.capacity:
-        raise ValueError(
-            f"a row would grow to {length} tokens and latents, the session holds "
-            f"{session.capacity}: begin with more max_responses"
-        )
+    check_stream_length(int((on_host(session.reasoner.length) + more).max()), session.capacity)
 
 
 def take(rows: jax.Array, index: jax.Array) -> jax.Array:

@@ -29,7 +29,11 @@ from thoughtbubbles.architecture import architecture_name
 from thoughtbubbles.decoding import generate as generate_ids
 from thoughtbubbles.decoding import generate_with_bubbles
 from thoughtbubbles.hatchling import ForkingHatchlingConfig, HatchlingConfig
-from thoughtbubbles.testing import assert_decoder_cached_is_parallel, assert_decoder_causal
+from thoughtbubbles.testing import (
+    _decoder_logits,
+    assert_decoder_cached_is_parallel,
+    assert_decoder_causal,
+)
 from train import evaluate, generate, sft
 from train.aot.config import presets
 from train.aot.fitting import remedies
@@ -115,6 +119,12 @@ def each_but(*elsewhere: str) -> pytest.MarkDecorator:
 @each_but("thoughtbubbles")
 def test_logits_know_no_later_token_and_no_padding(model):
     assert_decoder_causal(model)
+    tokens, length = np.arange(48, dtype=np.int32).reshape(4, 12), np.full(4, 7, np.int32)
+    zero, unknown = (
+        _decoder_logits(model, np.where(np.arange(12) < 7, tokens, padding), length)[:, :7]
+        for padding in (np.int32(0), np.int32(64))
+    )
+    np.testing.assert_array_equal(zero, unknown)
 
 
 @each_but("thoughtbubbles")
@@ -148,7 +158,7 @@ def test_counts_are_those_of_the_model(model):
 # These: test_step.py, test_hatchling.py and test_hatchling_forking.py.
 @each_but("thoughtbubbles", "hatchling", "forking_hatchling")
 def test_steps_on_a_mesh_are_those_of_one_device_and_learn(model):
-    optimizer = OptimizerConfig(learning_rate=5e-2, schedule="constant", warmup=0)
+    optimizer = OptimizerConfig(learning_rate=5e-2, schedule="wsd", warmup=0)
     rows = np.tile(np.arange(9, dtype=np.int32), (4, 1))
     losses = {}
     for sizes in (MeshConfig(1, 1, 1), MeshConfig(1, 2, 2)):

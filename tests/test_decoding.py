@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -147,6 +148,21 @@ def test_equal_prompts_give_different_samples():
     assert len({tuple(row) for row in rows}) == 3
 
 
+def test_equal_prompts_are_counted_in_linear_time():
+    compared = []
+
+    class Prompt(tuple[int, ...]):
+        __hash__ = tuple.__hash__
+
+        def __eq__(self, other):
+            compared.append(self)
+            return tuple.__eq__(self, other)
+
+    keys = decoding._row_keys(0, [Prompt([1, 2]) for _ in range(64)])
+    assert len(compared) < 4 * 64
+    assert len(np.unique(jax.random.key_data(keys), axis=0)) == 64
+
+
 def test_different_prompts_draw_different_samples():
     """Rows of an untrained model agree as often as chance has it: no shared noise."""
     model = Thoughtbubbles(PLAIN, rngs=nnx.Rngs(0))
@@ -174,10 +190,16 @@ def test_prompt_mistakes():
         generate(model_of(BASE), [[-3, 1]], 2)
     with pytest.raises(ValueError, match="max_new_tokens=-2"):
         generate(model_of(BASE), [[1]], -2)
+    with pytest.raises(ValueError, match="max_new_tokens=4294967296: choose from 0 to"):
+        generate(model_of(BASE), [[1]], 2**32)
+    with pytest.raises(ValueError, match="seed=9223372036854775808: .* at most 64 bits"):
+        generate(model_of(BASE), [[1]], 2, seed=2**63)
     with pytest.raises(ValueError, match="prompt 0 is empty"):
         generate(model_of(BASE), [[]], 2)
     with pytest.raises(ValueError, match=f"valid_vocab_size=0: .* to vocab_size={VOCAB}"):
         generate(model_of(BASE), [[1]], 2, valid_vocab_size=0)
+    with pytest.raises(ValueError, match="valid_vocab_size=3.5: give a whole number"):
+        generate(model_of(BASE), [[1]], 2, valid_vocab_size=3.5)  # pyright: ignore
 
 
 IDS = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5]

@@ -140,3 +140,9 @@ def test_adapters_are_added_to_either_form(model: Thoughtbubbles):
         np.testing.assert_allclose(once(adapted.model), expected, rtol=1e-5, atol=1e-5)
         with pytest.raises(ValueError, match="has an adapter already"):
             adapted.apply_lora(adapters)
+    attention, mlp = (
+        {name: adapters[name] for name in adapters if (name in "qkvo") == is_attention}
+        for is_attention in (True, False)
+    )
+    both = backbone.apply_lora(attention).apply_lora(mlp)
+    np.testing.assert_allclose(once(both.model), expected, rtol=1e-5, atol=1e-5)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from tiny import BASE, SMALL, forked, logits_of, quick_model, random_tokens
+from tiny import BASE, SMALL, VOCAB, forked, logits_of, quick_model, random_tokens
 
 from thoughtbubbles import (
     Candidates,
@@ -119,6 +119,7 @@ def test_padding_never_changes_real_positions(policy):
     model = quick_model(dataclasses.replace(SMALL, policy=policy))
     tokens = np.asarray(random_tokens(1, 7))
     padded, mask = np.full((4, 12), 3, np.int32), np.zeros((4, 12), bool)
+    padded[:2] = [[VOCAB], [-100]]  # ids that are in no vocabulary, such as that of ignored labels
     for row, places in enumerate(PLACES.values()):
         padded[row, places], mask[row, places] = tokens[0], True
     padded[3, :7], mask[3] = tokens[0], True

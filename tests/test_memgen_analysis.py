@@ -98,6 +98,23 @@ def test_recorder_survives_a_round_trip_and_goes_on(tmp_path: Path):
     assert loaded.row_tag[-1] == "a longer tag than before"
 
 
+def test_a_recorder_is_saved_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    recorder, (_, second) = recorded()
+    recorder.save(tmp_path / "latents.npz")
+    assert [path.name for path in tmp_path.iterdir()] == ["latents.npz"]
+    before = (tmp_path / "latents.npz").read_bytes()
+    recorder.add(second, "words")
+
+    def killed(file, **arrays):
+        file.write(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(np, "savez_compressed", killed)
+    with pytest.raises(KeyboardInterrupt):
+        recorder.save(tmp_path / "latents.npz")
+    assert (tmp_path / "latents.npz").read_bytes() == before
+
+
 def test_recorder_names_mistakes(tmp_path: Path):
     recorder, (first, _) = recorded()
     with pytest.raises(ValueError, match="2 tags for 3 rows"):
@@ -176,6 +193,8 @@ def test_nearest_tokens_by_cosine_with_what_they_are_worth():
     many = np.random.default_rng(0).normal(size=(600, 3)).astype(np.float32)
     cosine = many @ table.T / np.linalg.norm(many, axis=1)[:, None] / np.linalg.norm(table, axis=1)
     np.testing.assert_array_equal(nearest_tokens(many, table, 4).ids, np.argsort(-cosine, axis=1))
+    none = nearest_tokens(latents[:0], table, 2)  # where no memory was woven
+    assert none.ids.shape == none.cosine.shape == (0, 2) and none.norm_ratio.shape == (0,)
     for k in (0, 5):
         with pytest.raises(ValueError, match=f"k={k} of 4 tokens"):
             nearest_tokens(latents, table, k)

@@ -143,6 +143,12 @@ def test_a_run_stopped_anywhere_goes_on(tmp_path: Path):
     assert again.calls == []
 
 
+def test_the_folder_of_a_report_is_made(tmp_path: Path):
+    path = tmp_path / "new" / "report.json"
+    ContinualReport(("a",), np.zeros((1, 1))).save(path)
+    assert ContinualReport.load(path).stages_done == 0
+
+
 def test_mistakes_are_one_line(tmp_path: Path):
     Learner(tmp_path).run()
     with pytest.raises(ValueError, match=r"\['a', 'b', 'c'\], this run \['c', 'a'\]"):

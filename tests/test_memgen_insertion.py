@@ -149,10 +149,10 @@ def test_c21_padding_and_unsupervised_targets_do_not_matter(hidden):
     assert (scored(made.reasoner, hidden, garbage, chunk=5) == wanted).all()
     short = SUPERVISED & (np.arange(12) < 10)
     totals = []
-    for fill in (TOKENS, random_tokens(3, 12, seed=9), 0, -100):
+    for fill in (TOKENS, random_tokens(3, 12, seed=9), 0, -100, VOCAB + 9):
         padded = np.where(np.arange(12) < 10, TOKENS, fill)
         totals.append(loss_of(made, padded, short, plan)[0])
-    np.testing.assert_allclose(totals, [totals[0]] * 4, rtol=1e-6)
+    np.testing.assert_allclose(totals, [totals[0]] * 5, rtol=1e-6)
 
 
 def test_c22_selected_points():

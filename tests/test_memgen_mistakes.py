@@ -10,7 +10,21 @@ import pytest
 from flax import nnx
 from memgen_tiny import BOUNDARY, CONFIG, backbone, fresh_memgen, memgen_of, trigger_config
 
-from memgen import LearnedInvoke, MemGen, Plan, generate, make_adapter, plan_insertions
+from memgen import (
+    LearnedInvoke,
+    MemGen,
+    Plan,
+    begin,
+    boundary_table,
+    generate,
+    make_adapter,
+    observe,
+    plan_from_decisions,
+    plan_insertions,
+    replay,
+    token_log_probs,
+)
+from memgen.request import row_keys
 from thoughtbubbles import Backbone, ModelConfig, Thoughtbubbles
 from train import generate as command
 from train.data import load_tokenizer
@@ -80,6 +94,53 @@ def test_what_generation_cannot_use_is_refused():
     untrained = fresh_memgen("plain", trigger_config("tokens"))
     with pytest.raises(ValueError, match="this one is untrained, its head is zero"):
         asked(made=untrained, policy=LearnedInvoke())
+
+
+def test_lengths_are_those_of_the_rows():
+    made, keys = memgen_of(), row_keys(0, [[1], [2]])
+    tokens = jnp.zeros((2, 16), jnp.int32)
+    listed: Any = [3, 16]  # as ids may be
+    session = begin(made, tokens, listed, keys, 32)
+    assert session.count.tolist() == [3, 16]
+    wrong: Any = (
+        ([3, 17], "length 17 of row 1, which has 16 tokens: choose from 0 to 16"),
+        (np.array([-1, 2]), "length -1 of row 0"),
+    )
+    for length, message in wrong:
+        with pytest.raises(ValueError, match=message):
+            begin(made, tokens, length, keys, 32)
+        with pytest.raises(ValueError, match=message):
+            observe(made, session, tokens, length)
+
+
+def test_what_is_replayed_fits():
+    made, keys, tokens = memgen_of(), row_keys(0, [[1]]), TOKENS
+    plan = Plan.of(jnp.array([[2, 5, 7]]), jnp.array([[0, 1, 1]]), CONFIG)
+    latents, length = jnp.zeros((1, 3, CONFIG.weaver.latents, 32)), jnp.array([12])
+    for given, most, message in (
+        (latents[:, :2], (20, 1), "latents of 2 events for a plan of 3"),
+        (latents, (12, 0), "grow to 19 tokens and latents, the session holds 12: begin with more"),
+        (latents, (11, 1), "texts of 12 tokens do not fit into max_tokens=11"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            replay(made, tokens, length, plan, given, keys, *most)
+
+
+def test_nothing_is_no_mistake():
+    """Responses of no tokens have plans and log-probabilities."""
+    none = jnp.zeros((2, 0), jnp.int32)
+    plan = plan_from_decisions(none, jnp.array([4, 2]), CONFIG)
+    assert plan.point.tolist() == [[-1] * CONFIG.events] * 2
+    assert plan.kind.tolist() == [[0, 1, 1]] * 2
+    for rows in (none, none[:0]):
+        hidden = jnp.zeros((*rows.shape, 32))
+        assert token_log_probs(backbone("shallow"), hidden, rows, rows > 0).shape == rows.shape
+
+
+def test_delimiters_may_be_an_iterator():
+    given: Any = iter(",."), np.array([",", "."])
+    for delimiters in given:
+        assert boundary_table(["a,", "b", "c."], delimiters=delimiters).tolist() == [1, 0, 1]
 
 
 def test_a_second_adapter_does_not_take_the_place_of_the_first():

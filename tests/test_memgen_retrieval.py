@@ -200,6 +200,13 @@ def test_bad_lines_are_named(tmp_path: Path, content: str, message: str):
     assert "\n" not in str(error.value)
 
 
+def test_a_mark_of_byte_order_is_no_text(tmp_path: Path):
+    for name, content in (("a.jsonl", '{"text": "some words"}\r\n'), ("a.txt", "some words\r\n")):
+        (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + content.encode())
+        found = BM25Retriever.from_files([tmp_path / name], encode, decode)
+        assert found.passages == ("some words",)
+
+
 def test_mistakes_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     empty, binary = tmp_path / "empty.txt", tmp_path / "binary.txt"
     empty.write_text(" \n")
@@ -213,6 +220,11 @@ def test_mistakes_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         with pytest.raises(ValueError, match=message) as error:
             BM25Retriever.from_files(paths, encode, decode)
         assert "\n" not in str(error.value)
+    for path in (empty, str(empty)):
+        with pytest.raises(ValueError, match=r"paths='.*empty.txt': give a list of paths"):
+            BM25Retriever.from_files(path, encode, decode)  # pyright: ignore
+    with pytest.raises(ValueError, match="passages are one str: give a list"):
+        BM25Retriever("some words", encode, decode)
     with pytest.raises(ValueError, match="passage_words=0"):
         BM25Retriever.from_files([empty], encode, decode, passage_words=0)
     with pytest.raises(ValueError, match="top=0"):

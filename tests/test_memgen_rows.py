@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import zlib
 from typing import Any
 
 import jax
@@ -18,6 +19,7 @@ from memgen_tiny import (
     answer,
     in_numpy,
     memgen_of,
+    replaced,
     rollout,
     weaver_config,
 )
@@ -283,6 +285,36 @@ def test_only_rows_that_are_there_are_taken():
     for row in (-1, ROWS):
         with pytest.raises(ValueError, match=f"row {row} of a session of 4: choose from 0 to 3"):
             session.take_rows(made, jnp.array([row]), keys)
+
+
+def test_rows_that_are_taken_are_copies():
+    """Generation donates the buffers of the new session, not those of the old one and the keys."""
+    made, keys, rows = memgen_of("shallow"), row_keys(0, PROMPTS), jnp.arange(ROWS)
+    state = DecoderState(Stacked().init_cache(ROWS, 8), rows, jnp.zeros((ROWS, 2)))
+    session = opened(made).replace(reasoner=state, weaver=None, trigger=None)
+    taken = session.take_rows(replaced(made, reasoner=Stacked()), rows, keys)
+    for leaf in jax.tree.leaves(taken):
+        leaf.delete()
+    assert not any(leaf.is_deleted() for leaf in [keys, *jax.tree.leaves(session)])
+
+
+def test_a_row_without_a_response_draws_later_as_if_it_had_not_been_asked():
+    made = memgen_of("shallow")
+    limit, decoders = jnp.array([3, 0, 3, 0]), events_module.Decoders(made, None, None)
+    loop = loop_module._start(decoders, limit, make_request(made, 3), opened(made), 16)
+    assert loop.done.tolist() == [False, True, False, True]
+    assert loop.session.responses.tolist() == [1, 0, 1, 0]
+
+
+def test_equal_prompts_are_counted_in_one_pass():
+    prompts: Any = [[1, 2], [3], [1, 2], np.array([1, 2]), [3]]
+    fold = jax.random.fold_in
+    for row, repeat in enumerate((0, 0, 1, 2, 1)):
+        ids = np.array(prompts[row], np.int32)
+        expected = fold(fold(jax.random.key(5), zlib.crc32(ids.tobytes())), repeat)
+        assert row_keys(5, prompts)[row] == expected
+    many: Any = [np.arange(500)] * 2000  # comparing all pairs would take a minute
+    assert row_keys(0, many).shape == (2000,)
 
 
 def test_an_event_costs_what_its_rows_cost(monkeypatch):

@@ -403,6 +403,16 @@ def test_stream_counts_of_top_k_tell_the_next_token():
     assert information(TopK(1.5), 0) > 1 and information(TopK(1.5), 1) > 1
 
 
+@pytest.mark.parametrize("kind", [TopK, PrefixRank])
+def test_the_budget_of_a_long_row_fits_32_bits(kind):
+    rows, candidates = draw(0)
+    late = jax.device_put(np.full(ROWS, 3000, np.int32))
+    late = dataclasses.replace(candidates, length=late, first=late)
+    assert masks(keep(kind(999.999), late), rows) == [[True] * len(row.tokens) for row in rows]
+    with pytest.raises(ValueError, match="burst=2000000000 is above 1073741824: choose less"):
+        PrefixRank(burst=2_000_000_000)
+
+
 @pytest.mark.parametrize("ratio, window", [(1.25, 3), (1.5, 1), (1.1, 9), (1.001, 999)])
 def test_a_window_whose_originals_use_up_its_budget_is_refused(ratio, window):
     message = rf"window={window} with ratio={ratio} never forks.* a window of {window + 1} or more"

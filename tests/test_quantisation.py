@@ -106,9 +106,11 @@ def test_a_tied_table_embeds_and_unembeds():
     model = quick_model(dataclasses.replace(CONFIG, tied_head=True))
     small, table = quantised(model), rounded(np.asarray(model.embed[...]).T)
     assert small.head is None
-    found = small.embed_tokens(jnp.asarray([3, 0, VOCAB]))
+    ids = jnp.asarray([3, 0, VOCAB, -1])
+    found = small.embed_tokens(ids)
     np.testing.assert_allclose(found[:2], table.T[[3, 0]], atol=1e-6)
-    assert np.isnan(found[2]).all(), "an id outside the vocabulary"
+    for vectors in (found, model.embed_tokens(ids)):
+        assert np.isnan(vectors[2:]).all(), "ids outside the vocabulary"
     hidden = np.random.default_rng(0).normal(size=(2, 16)).astype("f4")
     np.testing.assert_allclose(small.unembed(jnp.asarray(hidden)), hidden @ table, atol=1e-5)
 

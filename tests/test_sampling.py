@@ -77,6 +77,8 @@ def test_nan_is_no_token(temperature):
 def test_greedy_ignores_filters_and_keys():
     keys = jax.random.split(jax.random.key(0), 2)
     assert sample(LOGITS, keys, Sampling.of(0.0, top_k=1)).tolist() == [1, 2]
+    # Divided by it, all positive logits would be infinite.
+    assert sample(LOGITS + 9, keys, Sampling.of(1e-38, top_p=0.9)).tolist() == [1, 2]
 
 
 @pytest.mark.parametrize(
@@ -85,6 +87,7 @@ def test_greedy_ignores_filters_and_keys():
         ({"temperature": -1.0}, "temperature=-1.0: choose 0"),
         ({"temperature": float("nan")}, "temperature=nan"),
         ({"top_k": 0}, "top_k=0 leaves no token"),
+        ({"top_k": 2.5}, "top_k=2.5: give a whole number"),
         ({"top_p": 0.0}, "top_p=0.0: choose more than 0"),
         ({"top_p": 1.5}, "top_p=1.5"),
         ({"min_p": 1.5}, "min_p=1.5: choose from 0 to 1"),

@@ -16,7 +16,7 @@ from flax import nnx
 from thoughtbubbles.module import Module, abstract_module
 from thoughtbubbles.parameters import with_params
 from thoughtbubbles.placement import AnyArray
-from thoughtbubbles.rows import left_align, nats_of, next_tokens, restore_alignment
+from thoughtbubbles.rows import left_align, nats_of, next_tokens, real_ids, restore_alignment
 from thoughtbubbles.sampling import log_prob_of
 
 Constrain = Callable[[jax.Array], jax.Array]
@@ -218,7 +218,7 @@ class Architecture(Module):
             track: Whether to update `Tracked` variables from these tokens, as in training.
             key: PRNG key of noise in training; None for no noise.
         """
-        x = self.embed_tokens(jnp.asarray(tokens))
+        x = self.embed_tokens(jnp.asarray(real_ids(tokens, length)))
         return self.hidden_states(x, None if length is None else jnp.asarray(length))
 
     def logits(self, output: Any) -> jax.Array:
@@ -316,7 +316,7 @@ class Architecture(Module):
         Returns:
             Output for `logits_at`, whose position 0 is the first of `tokens`, and the new cache.
         """
-        x = self.embed_tokens(jnp.asarray(tokens))
+        x = self.embed_tokens(jnp.asarray(real_ids(tokens, length)))
         return self.extend(cache, x, jnp.asarray(length), fresh=fresh)
 
     def for_decoding(self) -> Self:

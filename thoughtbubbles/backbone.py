@@ -108,13 +108,15 @@ class Backbone(Module):
         for block, index in _blocks_of(model):
             for module, names in ((block.attention, ATTENTION_MAPS), (block.mlp, MLP_MAPS)):
                 mine = {name: adapter[name] for name in names if name in adapter}
-                if mine and module.adapters is not None:
+                if not mine:
+                    continue  # an adapter that the module already has stays
+                if module.adapters is not None:
                     raise ValueError(
                         "this decoder has an adapter already: merge it first (merge_lora)"
                     )
                 if index is not None:
                     mine = jax.tree.map(lambda leaf, index=index: leaf[index], mine)
-                module.adapters = nnx.data(mine or None)
+                module.adapters = nnx.data(mine)
         return Backbone(model)
 
     def merge_lora(self, deltas: Mapping[str, jax.Array]) -> ForkingDecoder:

@@ -27,6 +27,7 @@ from thoughtbubbles.forward import ForkingDecoder
 from thoughtbubbles.layers import Block, Geometry
 from thoughtbubbles.placement import AnyArray, broadcast_beside, placed_beside
 from thoughtbubbles.policies import append
+from thoughtbubbles.rows import real_ids
 from thoughtbubbles.short_repr import ShortRepr
 from thoughtbubbles.streams import Streams
 
@@ -270,7 +271,8 @@ def _check_cache(model: ForkingDecoder, cache: Cache) -> None:
 
 @functools.partial(jax.jit, static_argnames="fresh")
 def _extend(model, cache, tokens, length, fresh):
-    return advance(model, model.layers(), cache, model.embed_tokens(tokens), length, fresh)
+    x = model.embed_tokens(real_ids(tokens, length))
+    return advance(model, model.layers(), cache, x, length, fresh)
 
 
 @jax.jit

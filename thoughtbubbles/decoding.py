@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import weakref
 import zlib
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ from jax.core import Tracer
 
 from thoughtbubbles.architecture import Architecture
 from thoughtbubbles.checks import check_stop, is_whole
+from thoughtbubbles.fields import LARGEST
 from thoughtbubbles.model import Thoughtbubbles
 from thoughtbubbles.policy import Policy
 from thoughtbubbles.prefill import Progress, in_blocks, long_cache, prefill
@@ -218,8 +220,10 @@ def _check(model, prompts, max_new_tokens, valid_vocab_size) -> bool:
     vocab = model.config.vocab_size
     if not is_whole(max_new_tokens):
         raise ValueError(f"max_new_tokens={max_new_tokens!r}: give a whole number")
-    if max_new_tokens < 0:
-        raise ValueError(f"max_new_tokens={max_new_tokens}: choose 0 or more")
+    if not 0 <= max_new_tokens <= LARGEST:
+        raise ValueError(f"max_new_tokens={max_new_tokens}: choose from 0 to {LARGEST}")
+    if valid_vocab_size is not None and not is_whole(valid_vocab_size):
+        raise ValueError(f"valid_vocab_size={valid_vocab_size!r}: give a whole number")
     if valid_vocab_size is not None and not 1 <= valid_vocab_size <= vocab:
         raise ValueError(
             f"valid_vocab_size={valid_vocab_size}: choose from 1 to vocab_size={vocab}"
@@ -248,7 +252,13 @@ def _check(model, prompts, max_new_tokens, valid_vocab_size) -> bool:
 def _row_keys(seed: int, prompts: list[tuple[int, ...]]) -> jax.Array:
     if not is_whole(seed):
         raise ValueError(f"seed={seed!r}: give a whole number")
-    repeats = [prompts[:index].count(prompt) for index, prompt in enumerate(prompts)]
+    if not -(2**63) <= seed < 2**63:
+        raise ValueError(f"seed={seed}: choose a number of at most 64 bits")
+    seen: Counter[tuple[int, ...]] = Counter()
+    repeats = []
+    for prompt in prompts:
+        repeats.append(seen[prompt])
+        seen[prompt] += 1
     hashes = [zlib.crc32(np.array(prompt, np.int32).tobytes()) for prompt in prompts]
     fold = jax.vmap(jax.random.fold_in)
     base = jnp.broadcast_to(jax.random.key(seed), (len(prompts),))

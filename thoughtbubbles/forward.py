@@ -32,6 +32,7 @@ from thoughtbubbles.placement import AnyArray, embedding_rows
 from thoughtbubbles.policy import Policy
 from thoughtbubbles.quantisation import Int8Weight
 from thoughtbubbles.recompute import recomputed
+from thoughtbubbles.rows import real_ids
 from thoughtbubbles.sampling import log_prob_of
 from thoughtbubbles.short_repr import ShortRepr
 from thoughtbubbles.sites import Visit, plan_of
@@ -120,7 +121,8 @@ class ForkingDecoder(Architecture):
                 from 0 to `T`.
         """
         check_ids(tokens)
-        return self.run_residuals(self.embed_tokens(tokens), length, track=track, key=key)
+        x = self.embed_tokens(real_ids(tokens, length))
+        return self.run_residuals(x, length, track=track, key=key)
 
     def run_residuals(
         self,
@@ -177,7 +179,7 @@ class ForkingDecoder(Architecture):
         """Run a forward pass that calls `visit` at each site (`SitedModel.run_sites`)."""
         if jnp.ndim(inputs) != 3:
             check_ids(inputs)
-            inputs = self.embed_tokens(inputs)
+            inputs = self.embed_tokens(real_ids(inputs, length))
         return self.run_residuals(inputs.astype(self.config.dtype), length, visit=visit)
 
     def embed_tokens(self, tokens: AnyArray) -> jax.Array:

@@ -15,6 +15,7 @@ from thoughtbubbles.config import ModelConfig
 from thoughtbubbles.forward import ForkingDecoder, Output
 from thoughtbubbles.placement import AnyArray
 from thoughtbubbles.policy import Policy
+from thoughtbubbles.rows import real_ids
 from thoughtbubbles.streams import Streams
 
 
@@ -77,7 +78,7 @@ class Thoughtbubbles(ForkingDecoder):
     def advance(
         self, cache: Cache, tokens: AnyArray, length: AnyArray, *, fresh: bool = False
     ) -> tuple[Streams, Cache]:
-        x = self.embed_tokens(tokens)
+        x = self.embed_tokens(real_ids(tokens, length))
         return advance(self, self.layers(), cache, x, length, fresh)
 
     def backbone(self) -> Backbone:

@@ -59,7 +59,7 @@ def embedding_rows(table: AnyArray, index: AnyArray) -> jax.Array:
         table: `[V, ...]` array of floats.
         index: Integer indices of any shape.
     """
-    return rows_at(table, index, mode="fill", fill_value=jnp.nan)
+    return rows_at(table, index, mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
 
 
 def rows_at(table: AnyArray, index: AnyArray, **get: Any) -> jax.Array:

@@ -51,8 +51,7 @@ class TopK(PolicyDefaults):
 
     def capacity(self, num_tokens: int) -> int:
         if self.streams is None:
-            ratio = _fraction(self.ratio)
-            return -(-ratio.numerator * num_tokens // ratio.denominator)
+            return -_times(-_fraction(self.ratio), num_tokens)
         if self.streams < num_tokens:
             raise ValueError(
                 f"streams={self.streams} is less than the {num_tokens} tokens of a row: "
@@ -62,8 +61,7 @@ class TopK(PolicyDefaults):
 
     def keep(self, candidates: Candidates) -> jax.Array:
         if self.streams is None:
-            ratio = _fraction(self.ratio)
-            budget = -(-ratio.numerator * candidates.length // ratio.denominator)
+            budget = -_times(-_fraction(self.ratio), candidates.length)
         else:
             budget = jnp.full_like(candidates.length, self.streams)
         budget = jnp.minimum(budget, candidates.alive.sum(axis=-1))
@@ -178,8 +176,7 @@ class PrefixRank(Bucketed):
         prefix = candidates.token + candidates.first[:, None] + 1
         if self.window is not None:
             prefix = jnp.minimum(prefix, self.window)
-        ratio = _fraction(self.ratio)
-        demand = ranks < ratio.numerator * prefix // ratio.denominator
+        demand = ranks < _times(_fraction(self.ratio), prefix)
         return grant(candidates, demand, self.ratio, self.burst, granted)
 
 
@@ -276,8 +273,7 @@ class Threshold(Bucketed):
         """
         keys = jnp.where(candidates.alive & ~candidates.forced, candidates.log_score, -jnp.inf)
         descending = -jnp.sort(-jax.lax.stop_gradient(keys), axis=1)
-        ratio = _fraction(self.ratio) - 1
-        budget = ratio.numerator * candidates.length // ratio.denominator
+        budget = _times(_fraction(self.ratio) - 1, candidates.length)
         next_best = jnp.minimum(budget, keys.shape[1] - 1)[:, None]
         point = jnp.exp(jnp.take_along_axis(descending, next_best, axis=1)[:, 0])
         filled = candidates.length > 0
@@ -416,8 +412,8 @@ def _check_forks(ratio: float, window: int | None, burst: int) -> None:
 def _check_burst(burst: int) -> None:
     if burst < 0:
         raise ValueError(f"burst={burst} is below 0: choose a number of streams, 0 or more")
-    if burst > LARGEST:
-        raise ValueError(f"burst={burst} is above {LARGEST}: choose less")
+    if burst > UNBOUNDED:  # a budget is the sum of the burst and a multiple of the tokens
+        raise ValueError(f"burst={burst} is above {UNBOUNDED}: choose less")
 
 
 def _fraction(ratio: float) -> Fraction:
@@ -427,9 +423,13 @@ def _fraction(ratio: float) -> Fraction:
 
 def _extras(ratio: float, burst: int, tokens):
     """Maximum number of streams that `tokens` tokens may have beyond their originals."""
-    extra = _fraction(ratio) - 1
-    whole, rest = divmod(extra.numerator, extra.denominator)
-    return whole * tokens + rest * tokens // extra.denominator + burst
+    return _times(_fraction(ratio) - 1, tokens) + burst
+
+
+def _times(ratio: Fraction, tokens):
+    """Compute floor(ratio * tokens); whole part and rest of the ratio apart, to fit 32 bits."""
+    whole, rest = divmod(ratio.numerator, ratio.denominator)
+    return whole * tokens + rest * tokens // ratio.denominator
 
 
 POLICIES: dict[str, type[Any]] = {

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from thoughtbubbles.placement import AnyArray
+from thoughtbubbles.placement import AnyArray, broadcast_beside
 from thoughtbubbles.streams import check_integer_type
 
 if TYPE_CHECKING:
@@ -70,6 +70,21 @@ def nats_of(log_prob: Array, inputs: AnyArray, targets: AnyArray) -> Array:
     """
     wrong = padded_in_front(inputs, targets)[:, None]
     return -jnp.where((targets >= 0) & ~wrong, log_prob, jnp.where(wrong, jnp.nan, 0))
+
+
+def real_ids(tokens: Any, length: Any) -> Any:
+    """Replace padding by id 0, because attention would spread the NaN of an unknown id.
+
+    Args:
+        tokens: Token ids `[B, T]`, padded on the right.
+        length: Number of real tokens in each row, `[B]` or a scalar; None means no padding. A
+            length of another shape, which is refused later, changes nothing.
+    """
+    if length is None or np.shape(length) not in ((), np.shape(tokens)[:1]):
+        return tokens
+    tokens = jnp.asarray(tokens)
+    place = broadcast_beside(jnp.arange(tokens.shape[1]), tokens, 2)
+    return jnp.where(place < broadcast_beside(length, tokens, 1)[:, None], tokens, 0)
 
 
 def left_align(

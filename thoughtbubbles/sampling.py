@@ -14,12 +14,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from thoughtbubbles.checks import check_number, check_targets
+from thoughtbubbles.checks import check_number, check_targets, is_whole
 from thoughtbubbles.placement import AnyArray
 
 if TYPE_CHECKING:
     from jax import Array
     from jaxtyping import Float, Int, Key
+
+LOWEST_TEMPERATURE = 1e-30
+"""Temperature below which logits divided by it may not be finite in float32."""
 
 
 @jax.tree_util.register_dataclass
@@ -53,7 +56,8 @@ class Sampling:
         """Make a `Sampling` from Python numbers, after a check of their ranges.
 
         Args:
-            temperature: Temperature; 0 means greedy decoding, and filters have no effect.
+            temperature: Temperature; 0, or less than `LOWEST_TEMPERATURE`, means greedy decoding,
+                and filters have no effect.
             top_k: Number of most probable tokens to sample from; None disables the filter.
             top_p: Minimum probability mass of the tokens to sample from; None and 1 disable the
                 filter.
@@ -68,7 +72,7 @@ class Sampling:
             top_p is not None and np.float32(top_p) == 1
         ):  # rounding of the cumulative sum would exclude improbable tokens
             top_p = None
-        if np.float32(temperature) == 0:
+        if temperature < LOWEST_TEMPERATURE:
             return cls()
         number = lambda value: None if value is None else jnp.float32(value)  # noqa: E731
         k = None if top_k is None else jnp.int32(min(top_k, 2**31 - 1))
@@ -167,6 +171,8 @@ def check_sampling(
             check_number(name, value)
     if not (math.isfinite(temperature) and temperature >= 0):
         raise ValueError(f"temperature={temperature}: choose 0 (greedy) or more")
+    if top_k is not None and not is_whole(top_k):
+        raise ValueError(f"top_k={top_k!r}: give a whole number")
     if top_k is not None and top_k < 1:
         raise ValueError(f"top_k={top_k} leaves no token: choose 1 or more")
     if top_p is not None and not 0 < top_p <= 1:

@@ -23,6 +23,7 @@ from thoughtbubbles.layers import Fork
 from thoughtbubbles.placement import AnyArray, broadcast_beside
 from thoughtbubbles.policies import PrefixRank
 from thoughtbubbles.policy import Policy
+from thoughtbubbles.rows import real_ids
 from thoughtbubbles.streams import Streams
 
 
@@ -206,7 +207,8 @@ class ForkingHatchling(Hatchling):
         key: jax.Array | None = None,
     ) -> ForkingActivations:
         check_ids(tokens)
-        streams = Streams.start(self._first(self.embed_tokens(tokens)), length)
+        x = self.embed_tokens(real_ids(tokens, length))
+        streams = Streams.start(self._first(x), length)
 
         def fork(index: int, streams: Streams) -> Streams:
             own = None if key is None else jax.random.fold_in(key, self.config.num_layers + index)

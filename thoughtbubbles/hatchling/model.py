@@ -36,12 +36,12 @@ from thoughtbubbles.hatchling.attention import (
     turns_of,
 )
 from thoughtbubbles.hatchling.config import HatchlingConfig
-from thoughtbubbles.hatchling.sites import SitedHatchling, merged
+from thoughtbubbles.hatchling.sites import SitedHatchling, hidden_of
 from thoughtbubbles.hatchling.state import Activations, Frequency, Layers, Neurons, State
 from thoughtbubbles.hatchling.truncation import truncated_sum
 from thoughtbubbles.head import head_logits
 from thoughtbubbles.placement import AnyArray, broadcast_beside, embedding_rows, zeros_beside
-from thoughtbubbles.rows import next_tokens, padded_in_front
+from thoughtbubbles.rows import next_tokens, padded_in_front, real_ids
 from thoughtbubbles.streams import Streams
 from thoughtbubbles.weights import named, weight
 
@@ -146,6 +146,7 @@ class Hatchling(SitedHatchling):
     ) -> Activations:
         """Compute the hidden states of tokens; a PRNG `key` enables dropout."""
         check_ids(tokens)
+        tokens = real_ids(tokens, length)
         return self._forward(self.embed_tokens(tokens), length, key, self._starts(tokens))
 
     def loss(
@@ -183,10 +184,10 @@ class Hatchling(SitedHatchling):
         return type(self).loss is Hatchling.loss and self.config.truncate is None
 
     def logits(self, output: Activations | Streams | jax.Array) -> jax.Array:
-        return self.unembed(_hidden_of(output))
+        return self.unembed(hidden_of(output))
 
     def logits_at(self, output: Activations | Streams | jax.Array, position: AnyArray) -> jax.Array:
-        return super().logits_at(_hidden_of(output), position)
+        return super().logits_at(hidden_of(output), position)
 
     def init_cache(self, batch: int, max_tokens: int) -> State:
         """Return the state of `batch` empty rows; rows have no limit, so `max_tokens` is unused."""
@@ -202,6 +203,7 @@ class Hatchling(SitedHatchling):
     def advance(
         self, cache: State, tokens: AnyArray, length: AnyArray, *, fresh: bool = False
     ) -> tuple[jax.Array, State]:
+        tokens = real_ids(tokens, length)
         x, starts = self.embed_tokens(tokens), self._starts(tokens)
         return self.extend(cache, x, length, fresh=fresh, starts=starts)
 
@@ -437,12 +439,6 @@ class Hatchling(SitedHatchling):
 
     def _cast(self, param: nnx.Param) -> jax.Array:
         return param[...].astype(self.config.dtype)
-
-
-def _hidden_of(output: Activations | Streams | jax.Array) -> jax.Array:
-    if isinstance(output, Streams):
-        return merged(output)
-    return output.hidden if isinstance(output, Activations) else output
 
 
 def _identity(x: jax.Array) -> jax.Array:

@@ -11,8 +11,9 @@ from thoughtbubbles.checks import check_ids
 from thoughtbubbles.forking import merge
 from thoughtbubbles.hatchling.attention import Reach, normalized
 from thoughtbubbles.hatchling.config import HatchlingConfig
-from thoughtbubbles.hatchling.state import Neurons
+from thoughtbubbles.hatchling.state import Activations, Neurons
 from thoughtbubbles.placement import AnyArray, broadcast_beside
+from thoughtbubbles.rows import real_ids
 from thoughtbubbles.sites import Visit, plan_of
 from thoughtbubbles.streams import Streams
 
@@ -54,6 +55,7 @@ class SitedHatchling(Architecture):
         starts = None
         if jnp.ndim(inputs) != 3:
             check_ids(inputs)
+            inputs = real_ids(inputs, length)
             starts, inputs = self._starts(inputs), self.embed_tokens(inputs)
         x = self._first(inputs.astype(self.config.dtype))
         streams = visit("embed", Streams.start(x, length))
@@ -93,7 +95,7 @@ class SitedHatchling(Architecture):
             length: Number of real tokens in each row, `[B]` int32; all `T` by default.
         """
         check_ids(tokens)
-        tokens = jnp.asarray(tokens)
+        tokens = jnp.asarray(real_ids(tokens, length))
         streams = Streams.start(self._first(self.embed_tokens(tokens)), length)
         reach, _ = self._reach(streams, self._starts(tokens))
         return self._layers(streams.x, reach, None, watch=True)[0].watched
@@ -115,3 +117,10 @@ def merged(streams: Streams) -> jax.Array:
     """
     hidden = merge(streams)
     return normalized(hidden) if streams.forked else hidden
+
+
+def hidden_of(output: Activations | Streams | jax.Array) -> jax.Array:
+    """Return the hidden states `[B, T, d]` of a forward pass, or of streams at a site."""
+    if isinstance(output, Streams):
+        return merged(output)
+    return output.hidden if isinstance(output, Activations) else output
