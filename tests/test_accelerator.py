@@ -9,6 +9,7 @@ import sys
 import textwrap
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from processes import ROOT
@@ -16,9 +17,9 @@ from processes import ROOT
 from thoughtbubbles import ModelConfig
 from thoughtbubbles.attention import attend_reference
 from train.benchmarks.accelerator import config as command
-from train.benchmarks.accelerator import kernels, part, queued, training
+from train.benchmarks.accelerator import inference, kernels, part, queued, training
 from train.benchmarks.accelerator.config import AcceleratorBenchmark, main
-from train.benchmarks.accelerator.record import Record, TimeIsUp, read
+from train.benchmarks.accelerator.record import Record, TimeIsUp, read, seconds_in_a_loop
 from train.benchmarks.accelerator.sizes import tiny_sizes
 
 MODEL = {"embed_dim": 8, "num_layers": 1, "num_heads": 2}
@@ -70,6 +71,11 @@ def test_a_loss_that_diverged_is_no_number_and_a_damaged_file_is_named(tmp_path:
     assert "NaN" not in text and "null" in text
     found = read(tmp_path, "step")
     assert found and found["measurements"]["one"]["loss"] == [1.0, None]
+    for dtype in ("float32", "bfloat16"):
+        Record(tmp_path, "precision", 9).put(f"plain {dtype}", {"loss": [1.0, float("nan")]})
+    record = Record(tmp_path, "precision", 9)
+    training.measure_precision(record, tiny_sizes())
+    assert np.isnan(record.measurements["plain difference"]["max_absolute"])
     whole = json.loads((tmp_path / "step.json").read_text())
     edited = json.dumps(whole | {"measurements": {"one": 3}})
     for content in ("", "[" * 100_000, "[]", "{}", edited):
@@ -163,6 +169,35 @@ def _end() -> dict:
     raise _Ends("the process ends")
 
 
+def test_a_timed_loop_makes_every_call():
+    """A compiler leaves out a call whose result is unused, and makes an unchanging call once."""
+    made = []
+
+    def call(x, y):
+        def host(x):
+            made.append(x)
+            return x
+
+        return jax.pure_callback(host, jax.ShapeDtypeStruct((), x.dtype), x), x * y
+
+    zero = np.float32(0)
+    assert seconds_in_a_loop(call, (zero, zero), 3) > 0
+    assert len(made) == 3 + 3 * 3  # a loop warms up
+
+
+def test_reinforcement_learning_is_measured_on_one_device(monkeypatch):
+    meshes = []
+
+    def one_step(job, repeats):
+        meshes.append(job.trainable.mesh.size)
+        return {"rollout_seconds": 1.0, "update_seconds": 1.0, "tokens": repeats}
+
+    monkeypatch.setattr(inference, "best_step", one_step)
+    sizes = tiny_sizes()
+    inference.rl_speed(sizes.rl_model, dataclasses.replace(sizes, rl_prompts=jax.device_count()))
+    assert meshes == [1] and jax.device_count() > 1
+
+
 def test_full_sizes_need_an_accelerator(tmp_path: Path):
     with pytest.raises(ValueError, match="jax finds no accelerator here"):
         part.run_part("kernels", tmp_path, 60, False, None)
@@ -173,7 +208,7 @@ def test_a_failed_run_may_be_mended_and_a_cut_one_may_not_change(tmp_path: Path,
         raise RuntimeError("RESOURCE_EXHAUSTED: too much")
 
     train, name = queued._train, "small seed 0"
-    monkeypatch.setattr(queued, "_train", fails)
+    monkeypatch.setattr(queued, "batch_of", fails)  # once the run has its folder
     record = Record(tmp_path, "then", 60)
     queued.measure_queue(record, queue(tmp_path, RUN))
     assert record.measurements[name]["out_of_memory"]
@@ -256,7 +291,8 @@ def test_held_out_rows_are_never_trained_on():
         ({"seq_len": 100}, "has 200 tokens"),
         ({"corpus": "other.npy"}, "other.npy is no .npy file that opens"),
         ({"name": "a/b"}, "name='a/b'"),
-        ({"optimizer": {"rate": 1}}, "unknown option 'rate' of optimizer"),
+        ({"optimizer": {"rate": 1}}, "unknown option 'rate' of optimizer: choose from name, learn"),
+        ({"optimizer": {"learning_rate": "x"}}, "optimizer: learning_rate='x' is not float"),
         ({"model": "150m"}, "model='150m': write an object"),
         ({"seeds": 3}, "seeds=3: write a list"),
         ({"seeds": [1, 1]}, "seeds=[1, 1]: choose one or more different"),
@@ -285,6 +321,9 @@ def test_corpora_of_another_kind_are_refused(tmp_path: Path):
     path = queue(tmp_path, RUN, tokens=np.zeros(200))
     with pytest.raises(ValueError, match=r"is float64\[200\]: write one row of uint16 or uint32"):
         queued.read_queue(path)
+    np.savez(tmp_path / "several.npz", tokens=np.zeros(200, np.uint16))
+    with pytest.raises(ValueError, match="several.npz holds several arrays"):
+        queued.read_queue(queue(tmp_path, RUN | {"corpus": "several.npz"}))
 
 
 def test_mistakes_are_one_line(tmp_path: Path):
@@ -295,6 +334,10 @@ def test_mistakes_are_one_line(tmp_path: Path):
     Record(tmp_path, "step", 60, "TPU v9").finish()
     with pytest.raises(ValueError, match="is of TPU v9, this machine has cpu: choose another"):
         Record(tmp_path, "step", 60)
+    Record(tmp_path, "kernels", 60, tiny=True).finish()
+    for tiny, name in ((False, "kernels"), (True, "step")):
+        with pytest.raises(ValueError, match=f"{name}.json is of .* sizes: choose another"):
+            main(AcceleratorBenchmark(out=str(tmp_path), tiny=tiny, parts=(name,)))
     with pytest.raises(ValueError, match="holds no results"):
         main(AcceleratorBenchmark(out=str(tmp_path / "none"), table=True))
 
@@ -302,9 +345,12 @@ def test_mistakes_are_one_line(tmp_path: Path):
 def test_a_part_that_dies_leaves_the_others(tmp_path: Path, capsys, monkeypatch):
     statuses = iter([-9, 0])
     ran = []
+    monkeypatch.setenv("XLA_CLIENT_MEM_FRACTION", "0.5")
 
-    def run(command, **_):
+    def run(command, env, **_):
         ran.append(json.loads(command[-1])["name"])
+        assert env["XLA_CLIENT_MEM_FRACTION"] == "0.5"
+        assert "XLA_PYTHON_CLIENT_MEM_FRACTION" not in env  # jax refuses both
         return subprocess.CompletedProcess(command, next(statuses))
 
     monkeypatch.setattr(command.subprocess, "run", run)

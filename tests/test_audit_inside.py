@@ -155,6 +155,21 @@ def test_activations_that_are_all_equal_are_one_line(lm, monkeypatch):
         train_sae.train(config, lm, None, "block_1")  # pyright: ignore
 
 
+def test_a_weak_feature_has_its_texts_too():
+    """However many larger values the other features have in the same rows."""
+    count = 300
+    value = np.stack([10.0 + np.arange(count), 1 + np.arange(count) / count], axis=1)
+    index = np.tile(np.arange(2), (count, 1))
+    where = np.stack([np.zeros(count, int), np.arange(count)], axis=1)
+    token, rows = np.arange(count)[None], np.full((1, count), ord("a"))
+    lm: Any = types.SimpleNamespace(tokenizer=ByteTokenizer())
+    best: list[list[tuple[float, str]]] = [[], [], []]
+    train_sae._keep_best(best, value, index, where, token, rows, lm)
+    assert [[of for of, _ in texts] for texts in best] == [
+        value[: -train_sae.EXAMPLES - 1 : -1, feature].tolist() for feature in range(2)
+    ] + [[]]
+
+
 def test_neurons_need_no_autoencoder(lm, monkeypatch, tmp_path):
     hatchling = types.SimpleNamespace(sites=("embed", "block_0"), neuron_sites=("y_0",))
     monkeypatch.setattr(train_sae, "check_site", lambda lm, site: site)
@@ -228,6 +243,8 @@ def test_a_mistake_is_one_line(lm, capsys, monkeypatch):
         train_sae.main(train_sae.SAEConfig(model="tiny", out="nowhere"))
     with pytest.raises(ValueError, match="buffer=100 can't shuffle batches of 64"):
         train_sae.SAEConfig(model="tiny", batch_size=64, buffer=100)
+    with pytest.raises(ValueError, match="learning_rate=0: choose more than 0"):
+        train_sae.SAEConfig(model="tiny", learning_rate=0)  # not the default
     monkeypatch.setattr("sys.argv", ["thoughtbubbles audit", "lense"])
     with pytest.raises(SystemExit):
         audit.command()

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from processes import ROOT
 from tiny import SMALL, quick_model, random_tokens
 
 from thoughtbubbles import ModelConfig, PrefixRank, Streams, Threshold, TopK
@@ -19,7 +20,16 @@ from thoughtbubbles.bubbles import bubble_map
 from thoughtbubbles.forking import candidates_of
 from train.cli.main import EXPERIMENTS
 from train.devices.mesh import make_mesh
-from train.experiments import memory, precision, quality, random_bits, study, synthesis
+from train.experiments import (
+    broadening,
+    memory,
+    precision,
+    quality,
+    random_bits,
+    retrofit,
+    study,
+    synthesis,
+)
 from train.experiments.study import (
     Results,
     StudyConfig,
@@ -104,6 +114,9 @@ def test_finished_runs_are_found_again(tmp_path):
         assert found.missing([run]) == [] and run in found and run | {"note": "unread"} in found
         assert run | {"seed": 1} not in found and run | {"arm": "b"} not in found
     assert again.found == read_results(out) == [run | {"loss": 1.5}]
+    out.write_text(out.read_text().rstrip("\n"))  # as some editors save it
+    again.add(run | {"seed": 1})
+    assert read_results(out) == again.found and len(again.found) == 2
 
 
 def test_means_have_their_standard_errors():
@@ -186,7 +199,7 @@ def test_no_causal_policy_beats_a_coin(policy):
 
 
 def test_files_that_are_no_results_are_one_line(tmp_path):
-    from train.experiments import broadening, environments, needle, retrofit
+    from train.experiments import environments, needle
 
     file = tmp_path / "results.jsonl"
     for content, reason in (("", ": name a file"), ('{"task": 3}', " of this .* lacks '")):
@@ -248,3 +261,49 @@ def test_results_of_other_settings_are_refused(tmp_path):
     with pytest.raises(ValueError, match="has results of steps=600, now it is 5: choose another"):
         study.run_study(memory.Experiment(out=out, steps=5), *how)
     assert len(read_results(out)) == 2
+
+
+def test_a_run_that_a_file_has_twice_counts_once(tmp_path):
+    file = tmp_path / "memory.jsonl"
+    run = {"arm": "lora", "parameters": 1, "loss": 1.0, "seconds": 1.0}
+    lines = [json.dumps(run | {"seed": n, "accuracy": 0.5 + 0.2 * n}) + "\n" for n in (0, 1)]
+    for times in (1, 2):
+        file.write_text("".join(lines * times))
+        shown = study.report_text(file, ("arm", "seed"), memory.report).splitlines()[-1]
+        assert shown == "| lora | 1 | 0 1 | 60.0 ± 10.0 | 1.000 | 1 |"
+
+
+def test_a_retrofit_goes_on(tmp_path, monkeypatch):
+    for name in ("load_pretrained", "find_weights", "prepare_data"):
+        monkeypatch.setattr(retrofit, name, lambda *_: None)
+    scores = {"loss_before": 2.0, "loss": 1.0, "cpu_seconds": 1.0}
+    monkeypatch.setattr(retrofit, "train_and_score", lambda *_: scores)
+    config = retrofit.Retrofit(seeds=(0,), variants=("plain",), out=str(tmp_path / "some.jsonl"))
+    retrofit.main(config)
+    retrofit.main(dataclasses.replace(config, seeds=(0, 1)))
+    assert [found["seed"] for found in read_results(config.out)] == [0, 1]
+    with pytest.raises(ValueError, match="has results of rows=32, now it is 8: choose another"):
+        retrofit.main(dataclasses.replace(config, rows=8))
+
+
+@pytest.mark.parametrize("name", ["needle", "precision", "synthesis"])
+def test_reports_keep_runs_of_other_settings_apart(name: str):
+    """A line of a run stays the same, whatever runs stand beside it, but for the option's name."""
+    report = importlib.import_module(f"train.experiments.{name}").report
+    results = read_results(ROOT / "docs" / "results" / f"{name}.jsonl")[:1]
+    option = "supervised" if name == "needle" else "steps"
+    other = results[0] | {option: 7}
+    alone, both = report(results).splitlines(), report([*results, other]).splitlines()
+    assert len(both) == len(alone) + 1
+    mark = f" ({option} {results[0][option]})"
+    assert mark in both[-2] and both[-2].replace(mark, "") == alone[-1]
+    assert f" ({option} 7)" in both[-1]
+
+
+def test_simulations_of_other_settings_are_kept_apart():
+    run = {"rollouts": 4, "seed": 0, "tokens": 9, "correct": 2, "steps": 3, "before": 0.1}
+    run |= {"after": 0.2, "worst": 0.0, "improved": 1.0, "curve": [[0, 0.1], [3, 0.2]]}
+    found = [run, run | {"seed": 1}, run | {"steps": 5, "curve": [[0, 0.1], [5, 0.2]]}]
+    lines = broadening.report(found).splitlines()[2:]
+    assert [line.split(" | ")[0] for line in lines] == ["| 4 (steps 3)", "| 4 (steps 5)"]
+    assert lines[0].endswith("| 0 1 |") and lines[1].endswith("| 0 |")

@@ -91,6 +91,8 @@ class SAEConfig:
         check_named(self.checkpoint, self.model)
         check_least(self, features=1, k=1, batch_size=2, rows=1, held_out=1, seq_len=2)
         check_least(self, dead_after=1, aux_weight=0)
+        if self.learning_rate is not None and not self.learning_rate > 0:
+            raise ValueError(f"learning_rate={self.learning_rate}: choose more than 0")
         if self.tokens < self.batch_size:
             raise ValueError(
                 f"tokens={self.tokens} are less than a batch of {self.batch_size}: choose more"
@@ -337,8 +339,11 @@ def _explained(sae: SparseAutoencoder, x: jax.Array) -> jax.Array:
 
 def _keep_best(best, value, index, where, token, rows, lm: LanguageModel) -> None:
     """Update the up to three texts of each feature, which end where the feature is largest."""
-    order = np.argsort(-value, axis=None)[: 50 * len(best)]
-    for at in order:
+    # By feature, and by value within a feature.
+    order = np.lexsort((-value.ravel(), index.ravel()))
+    of = index.ravel()[order]
+    rank = np.arange(len(of)) - np.searchsorted(of, of)
+    for at in order[rank < EXAMPLES]:
         number, feature = at // value.shape[1], index.flat[at]
         texts = best[feature]
         if value.flat[at] <= 0 or (len(texts) == EXAMPLES and value.flat[at] <= texts[-1][0]):

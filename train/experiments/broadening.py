@@ -24,17 +24,20 @@ from train.experiments.study import (
     Results,
     StudyConfig,
     by_key,
+    differing,
     markdown_table,
     mean_text,
     read_results,
     run_study,
     seeds_text,
+    settings_text,
 )
 from train.rl.learning.mass_balance import mass_balance, simulate, unsampled_mass
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+SIZES = ("tokens", "correct", "steps")
 POINTS = 20  # number of points of a curve in the results, after the first point at step 0
 RATES = (0.001, 0.01, 0.1)  # token probabilities for the figure's panel of unsampled mass
 CHOICE = (0.5, 0.0, -0.3, 1.0, 0.2, -0.5)  # logits for the panel of terms; first half correct
@@ -72,7 +75,7 @@ def main(config: Broadening) -> None:
     """Run the missing simulations, or print the table; draw the figure if a file is given."""
     if config.figure:
         check_figure(Path(config.figure))
-    run_study(config, ("rollouts", "seed", "tokens", "correct", "steps"), simulate_missing, report)
+    run_study(config, ("rollouts", "seed", *SIZES), simulate_missing, report)
     if config.figure:
         figure = draw(read_results(config.report or config.out))
         figure.savefig(config.figure, dpi=150)
@@ -81,7 +84,7 @@ def main(config: Broadening) -> None:
 
 def simulate_missing(config: Broadening, results: Results) -> Iterator[tuple[Result, str]]:
     """Run the simulations that `results` lacks; yield the result of each with a line to print."""
-    sizes = {"tokens": config.tokens, "correct": config.correct, "steps": config.steps}
+    sizes = {name: getattr(config, name) for name in SIZES}
     runs = (
         {"rollouts": count, "seed": seed, **sizes}
         for count in config.rollouts
@@ -107,14 +110,15 @@ def simulate_missing(config: Broadening, results: Results) -> Iterator[tuple[Res
 def report(results: list[Result]) -> str:
     """Format a Markdown table with a row for each number of rollouts.
 
+    Simulations that differ in an option of `SIZES` have separate rows, which name the option.
     Cells are means over seeds ± standard errors, except the worst change, a minimum over seeds.
     """
-    rows = []
-    for (count,), of_count in by_key(results, "rollouts").items():
+    rows, differ = [], differing(results, SIZES)
+    for (count, *_), of_count in by_key(results, "rollouts", *differ).items():
         column = lambda name, of_count=of_count: [result[name] for result in of_count]  # noqa: E731
         rows.append(
             [
-                str(count),
+                f"{count}{settings_text(of_count[0], differ)}",
                 mean_text(column("before"), 3),
                 mean_text(column("after"), 3),
                 f"{min(column('worst')):.2e}",
@@ -149,9 +153,11 @@ def draw(results: Sequence[Result]) -> "Figure":
 
     figure = Figure(figsize=(12, 3.8), layout="constrained")
     training, unsampled, terms = figure.subplots(1, 3)
-    for (count,), of_count in by_key(results, "rollouts").items():
+    differ = differing(results, SIZES)
+    for (count, *_), of_count in by_key(results, "rollouts", *differ).items():
         curves = np.array([result["curve"] for result in of_count])
-        training.plot(curves[0, :, 0], curves[:, :, 1].mean(axis=0), label=f"N = {count}")
+        label = f"N = {count}{settings_text(of_count[0], differ)}"
+        training.plot(curves[0, :, 0], curves[:, :, 1].mean(axis=0), label=label)
     training.set(xlabel="optimizer step", ylabel="probability of a correct token")
     counts = np.unique(np.geomspace(1, 512, 40).round().astype(int))
     for rate in RATES:

@@ -173,7 +173,7 @@ def _steps(config: HatchlingQuality, arm: str, count: int = 4) -> Callable[[], C
     mesh = make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
     trainable = make_trainable(shape, config.optimizer, config.steps, mesh, 0)
     step, state = make_train_step(trainable), trainable.init()
-    tokens = place(np.ones((config.batch_size, config.seq_len), np.int32), mesh)
+    tokens = place(np.ones((config.batch_size, config.seq_len + 1), np.int32), mesh)
 
     def run() -> Cost:
         nonlocal state

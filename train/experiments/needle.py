@@ -33,10 +33,12 @@ from train.experiments.study import (
     StudyConfig,
     by_key,
     check_names,
+    differing,
     markdown_table,
     mean_text,
     run_study,
     seeds_text,
+    settings_text,
 )
 from train.models.load import LanguageModel
 from train.rl.config import RLConfig
@@ -263,9 +265,12 @@ def policy_of(
 
 
 def report(results: list[Result]) -> str:
-    """Format a Markdown table with a row for each task and `stretch`, and with means over seeds."""
-    rows = []
-    for (name, stretch), of_task in by_key(results, "task", "stretch").items():
+    """Format a Markdown table with a row for each task and `stretch`, and with means over seeds.
+
+    Results that differ in `problems` or `supervised` have separate rows, which name the option.
+    """
+    rows, differ = [], differing(results, ("problems", "supervised"))
+    for (name, stretch, *_), of_task in by_key(results, "task", "stretch", *differ).items():
         column = lambda key, scale=1.0, of_task=of_task: [scale * r[key] for r in of_task]  # noqa: E731
         speed = [
             [r[f"search_tokens_per_{unit}"] / r[f"plain_tokens_per_{unit}"] for r in of_task]
@@ -274,7 +279,7 @@ def report(results: list[Result]) -> str:
         ]
         rows.append(
             [
-                name,
+                f"{name}{settings_text(of_task[0], differ)}",
                 str(stretch),
                 str(sum(column("cases"), 0)).partition(".")[0],
                 mean_text(column("sampled", 100), 1),

@@ -27,9 +27,11 @@ from train.experiments.study import (
     StudyConfig,
     check_finished,
     check_names,
+    differing,
     markdown_table,
     mean_text,
     run_study,
+    settings_text,
 )
 from train.models.load import load_model
 from train.pretraining.config import RunConfig
@@ -158,15 +160,16 @@ def scores(model: Thoughtbubbles, tokens: np.ndarray) -> tuple[np.ndarray, np.nd
 
 
 def report(results: list[Result]) -> str:
-    """Format a Markdown table with a row for each run."""
+    """Format a Markdown table with a row for each run, which names `steps` if runs differ in it."""
     head = ["", "seed", "loss in float32", "bfloat16 adds", "of a token, either way"]
     head += ["rows with other bubbles", "tokens with other bubbles"]
+    differ = differing(results, ("steps",))
     lines: list[Sequence[str]] = []
     for found in results:
         forks = found["variant"] != "plain"
         lines.append(
             [
-                found["variant"],
+                f"{found['variant']}{settings_text(found, differ)}",
                 str(found["seed"]),
                 mean_text([found["loss"]], 4),
                 f"{found['added']:+.5f} ± {found['added_error']:.5f}",

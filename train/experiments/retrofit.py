@@ -8,7 +8,6 @@ name of the pretrained weights; a second call trains only the missing runs.
 """
 
 import dataclasses
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -97,19 +96,8 @@ def train_missing(config: Retrofit, results: Results) -> Iterator[tuple[Result, 
     """Train the runs that `results` lacks, and yield the result of each with a line to print.
 
     Raises:
-        ValueError: The file holds results with other settings, which are all options except
-            `weights`, `variants`, `seeds`, `steps`, `out` and `report`; or the pretrained weights
-            do not exist.
+        ValueError: The pretrained weights do not exist.
     """
-    settings = json.loads(json.dumps(dataclasses.asdict(config) | {"policy": repr(config.policy)}))
-    for name in ("weights", "variants", "seeds", "steps", "out", "report"):
-        del settings[name]
-    for result in results.found:
-        if result["settings"] != settings:
-            raise ValueError(
-                f"{config.out} holds results of other settings ({result['settings']}, now "
-                f"{settings}): pass another --out, or the same ones"
-            )
     runs = results.missing(
         {"task": Path(config.weights).name, "variant": variant, "seed": seed, "steps": config.steps}
         for seed in config.seeds
@@ -121,8 +109,7 @@ def train_missing(config: Retrofit, results: Results) -> Iterator[tuple[Result, 
     data = prepare_data(pretrained, config.seq_len)
     for run in runs:
         variant, seed = run["variant"], run["seed"]
-        result = run | {"settings": settings}
-        result |= train_and_score(config, pretrained, data, variant, seed)
+        result = run | train_and_score(config, pretrained, data, variant, seed)
         yield (
             result,
             (

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -136,8 +137,11 @@ class Results:
     def add(self, result: Result) -> None:
         """Append a finished run to the file."""
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(result) + "\n")
+        with self._path.open("ab+") as file:
+            if file.tell():  # an editor may have left out the end of the last line
+                file.seek(-1, os.SEEK_END)
+                file.write(b"" if file.read(1) == b"\n" else b"\n")
+            file.write(f"{json.dumps(result)}\n".encode())
         self.found.append(result)
 
 
@@ -181,7 +185,7 @@ def run_study(
 
 
 def report_text(path: str | Path, key: Sequence[str], report: Callable[[list[Result]], str]) -> str:
-    """Read a file of results and format its report.
+    """Read a file of results and format its report, from the last result of each run.
 
     Args:
         path: File of results.
@@ -202,8 +206,10 @@ def report_text(path: str | Path, key: Sequence[str], report: Callable[[list[Res
                 f"{path} has no results of this experiment (result {number} lacks {missing[0]!r}): "
                 "name a file that it has written"
             )
+    # Two calls at once, or joined files, may have made a run twice; twice is no smaller error.
+    latest = {json.dumps([result[name] for name in key]): result for result in results}
     try:
-        return report(results)
+        return report(list(latest.values()))
     except (ArithmeticError, AttributeError, LookupError, TypeError) as error:
         raise ValueError(
             f"{path} has a result that was not written so ({type(error).__name__}: {error}): write "
@@ -271,6 +277,16 @@ def by_key(results: Iterable[Result], *key: str) -> dict[tuple[Any, ...], list[R
     for result in results:
         found.setdefault(tuple(result[name] for name in key), []).append(result)
     return found
+
+
+def differing(results: Sequence[Result], names: Iterable[str]) -> list[str]:
+    """Return those entries `names` in which some results differ, for a report to keep apart."""
+    return [name for name in names if any(each[name] != results[0][name] for each in results)]
+
+
+def settings_text(result: Result, names: Sequence[str]) -> str:
+    """Format the entries `names` of a result to stand behind a name, such as " (steps 60)"."""
+    return f" ({', '.join(f'{name} {result[name]}' for name in names)})" if names else ""
 
 
 def seeds_text(results: Iterable[Result]) -> str:

@@ -37,10 +37,12 @@ from train.experiments.study import (
     StudyConfig,
     by_key,
     check_names,
+    differing,
     markdown_table,
     mean_text,
     run_study,
     seeds_text,
+    settings_text,
 )
 from train.models.load import LanguageModel
 from train.rl.config import RLConfig
@@ -358,7 +360,10 @@ def played(job: RLJob, episodes: int, weights: Any = None) -> dict[str, float]:
 
 
 def report(results: list[Result]) -> str:
-    """Format a Markdown table with a row for each arm: means over seeds ± standard errors."""
+    """Format a Markdown table with a row for each arm: means over seeds ± standard errors.
+
+    Results that differ in `steps` have separate rows, which name the number.
+    """
     return "\n".join(markdown_table(HEAD, _cells(results)))
 
 
@@ -369,11 +374,12 @@ HEAD = (
 
 
 def _cells(results: list[Result]) -> Iterator[Sequence[str]]:
-    for (arm,), found in by_key(results, "arm").items():
+    differ = differing(results, ("steps",))
+    for (arm, *_), found in by_key(results, "arm", *differ).items():
         percent = lambda entry, name, found=found: [100 * r[entry][name] for r in found]  # noqa: E731
         count = lambda name, found=found: f"{np.mean([r[name] for r in found]):,.0f}"  # noqa: E731
         yield (
-            arm,
+            f"{arm}{settings_text(found[0], differ)}",
             seeds_text(found),
             mean_text(percent("before", "success"), 1),
             mean_text(percent("after", "success"), 1),

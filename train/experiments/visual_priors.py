@@ -49,10 +49,12 @@ from train.experiments.study import (
     StudyConfig,
     by_key,
     check_names,
+    differing,
     markdown_table,
     mean_text,
     run_study,
     seeds_text,
+    settings_text,
 )
 from train.probes.alignment import alignment
 from train.probes.scenes import ANSWERS, distinct_scenes, scene
@@ -258,10 +260,11 @@ def report(results: list[Result]) -> str:
     question, and a column for each condition. The second table has the held-out losses of the
     sources and the alignment, with a row for each fraction.
     """
-    lines = []
+    lines, differ = [], differing(results, ("rows", "neighbours"))
     for (category, steps, *_), runs in by_key(results, *REPORTED).items():
         tokens = steps * mixtures.BATCH * mixtures.SEQ_LEN
-        lines += [f"share of {category}, {steps:,} steps, {tokens:,} tokens", ""]
+        how = settings_text(runs[0], differ)
+        lines += [f"share of {category}, {steps:,} steps, {tokens:,} tokens{how}", ""]
         lines += [f"projector: {runs[0]['probe']}", ""]
         arms = sorted(by_key(runs, "share").items())
         rows = [

@@ -8,9 +8,8 @@ import sys
 import time
 from pathlib import Path
 
-from train.benchmarks.accelerator.part import PARTS, run_part
+from train.benchmarks.accelerator.part import PARTS, has_tiny_sizes, run_part
 from train.benchmarks.accelerator.record import TimeIsUp, read
-from train.benchmarks.accelerator.sizes import full_sizes, tiny_sizes
 from train.benchmarks.accelerator.table import tables
 
 LEAST = 10.0  # minimum number of seconds left with which a part is started
@@ -56,7 +55,8 @@ def main(config: AcceleratorBenchmark) -> None:
     With `config.table`, only print the results. With `config.compile_for`, only compile.
 
     Raises:
-        ValueError: An option or the file of runs has a mistake, or a result file is damaged.
+        ValueError: An option or the file of runs has a mistake, or a result file is damaged or of
+            other sizes.
     """
     folder = Path(config.out)
     if config.table:
@@ -67,7 +67,7 @@ def main(config: AcceleratorBenchmark) -> None:
         from train.benchmarks.accelerator.described import compile_for
 
         for name in config.compile_for:
-            compile_for(name, folder, tiny_sizes() if config.tiny else full_sizes())
+            compile_for(name, folder, config.tiny)
             print(tables(folder, (f"compiled_{name.replace(':', '_')}",)), flush=True)
         return
     if config.then is not None:
@@ -76,7 +76,8 @@ def main(config: AcceleratorBenchmark) -> None:
         read_queue(config.then)  # raises for a mistake before any work begins
     end = time.monotonic() + 60 * config.minutes
     for name in config.parts:
-        done = (read(folder, name) or {}).get("finished", False)
+        found = read(folder, name, has_tiny_sizes(name, config.tiny))
+        done = (found or {}).get("finished", False)
         if name == "then":
             done = config.then is None  # the file may have new runs
         if done:
@@ -107,8 +108,10 @@ def _run(name: str, config: AcceleratorBenchmark, folder: Path, seconds: float) 
     command = [sys.executable, "-m", "train.benchmarks.accelerator.part", json.dumps(given)]
     defaults = {
         "JAX_COMPILATION_CACHE_DIR": str((folder / "compiled").absolute()),
-        "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.92",  # JAX takes three quarters of a GPU otherwise
     }
+    fraction = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")  # JAX refuses both
+    if not any(map(os.environ.get, fraction)):
+        defaults[fraction[0]] = "0.92"  # JAX takes three quarters of a GPU otherwise
     try:
         status = subprocess.run(command, env=defaults | os.environ, timeout=seconds).returncode
     except subprocess.TimeoutExpired:

@@ -15,13 +15,13 @@ from train.aot.report import memory_of
 from train.aot.topology import Topology, topology_of
 from train.benchmarks.accelerator.kernels import implementations, with_gradients
 from train.benchmarks.accelerator.record import Record
-from train.benchmarks.accelerator.sizes import KernelShape, Sizes
+from train.benchmarks.accelerator.sizes import KernelShape, full_sizes, tiny_sizes
 from train.benchmarks.accelerator.training import run_config
 from train.devices.attention import Attention
 from train.devices.mesh import MeshConfig, make_mesh
 
 
-def compile_for(name: str, folder: Path, sizes: Sizes) -> None:
+def compile_for(name: str, folder: Path, tiny: bool) -> None:
     """Compile kernels, train steps and decoding steps for one device of a topology.
 
     The memory that the programs need is written to `compiled_TOPOLOGY.json`, in the format of the
@@ -31,10 +31,11 @@ def compile_for(name: str, folder: Path, sizes: Sizes) -> None:
     Args:
         name: Topology such as "v5e:2x2" or "h100:1".
         folder: Folder of the results.
-        sizes: Sizes of the kernels and models to compile.
+        tiny: Whether to compile kernels and models of tiny sizes.
 
     Raises:
-        ValueError: The topology is unknown, or its compiler is not installed.
+        ValueError: The topology is unknown, its compiler is not installed, or the folder's results
+            are of other sizes.
     """
     # Programs are only compiled: an attached device should stay free.
     jax.config.update("jax_platforms", "cpu")
@@ -42,7 +43,8 @@ def compile_for(name: str, folder: Path, sizes: Sizes) -> None:
     jax.config.update("jax_enable_compilation_cache", False)
     topology = topology_of(name)
     device = topology.devices[0].device_kind
-    record = Record(folder, f"compiled_{name.replace(':', '_')}", float("inf"), device)
+    part, sizes = f"compiled_{name.replace(':', '_')}", tiny_sizes() if tiny else full_sizes()
+    record = Record(folder, part, float("inf"), device, tiny)
     mesh = make_mesh(MeshConfig(1, 1, 1), topology.devices[:1])
     for shape in sizes.kernels:
         for biased in (False, True):

@@ -5,6 +5,8 @@ import tempfile
 import time
 from typing import Any
 
+import jax
+
 from thoughtbubbles import ModelConfig, Thoughtbubbles
 from thoughtbubbles.decoding import generate
 from train.benchmarks.accelerator.record import Record
@@ -84,7 +86,8 @@ def rl_speed(model: ModelConfig, sizes: Sizes) -> dict[str, Any]:
             max_rows=sizes.rl_prompts * sizes.rl_generations,
             out=folder,
         )
-        job = RLJob(config, LanguageModel(random_model(model), ByteTokenizer()))
+        lm = LanguageModel(random_model(model), ByteTokenizer())
+        job = RLJob(config, lm, devices=jax.devices()[:1])
         found = best_step(job, repeats=2)
     seconds = found["rollout_seconds"] + found["update_seconds"]
     return {

@@ -27,13 +27,14 @@ def run_part(name: str, folder: Path, seconds: float, tiny: bool, then: str | No
 
     Raises:
         TimeIsUp: The time limit was reached before the part was finished.
-        ValueError: There is no accelerator, the folder's results are of another device or damaged,
-            or the file of training runs has a mistake.
+        ValueError: There is no accelerator, the folder's results are of another device, of other
+            sizes or damaged, or the file of training runs has a mistake.
     """
     # Imported here, so that a part whose imports fail does not take the others with it.
     if not tiny and jax.default_backend() == "cpu":
         raise ValueError("jax finds no accelerator here: install its plugin, or add --tiny")
-    record, sizes = Record(folder, name, seconds), tiny_sizes() if tiny else full_sizes()
+    record = Record(folder, name, seconds, tiny=has_tiny_sizes(name, tiny))
+    sizes = tiny_sizes() if tiny else full_sizes()
     if name == "then":
         from train.benchmarks.accelerator.queued import measure_queue
 
@@ -57,6 +58,11 @@ def run_part(name: str, folder: Path, seconds: float, tiny: bool, then: str | No
         }
         measure[name](record, sizes)
     record.finish()
+
+
+def has_tiny_sizes(name: str, tiny: bool) -> bool:
+    """Whether `tiny` makes a part's sizes tiny; the runs of "then" have the sizes of their file."""
+    return tiny and name != "then"
 
 
 def main() -> None:

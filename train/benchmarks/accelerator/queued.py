@@ -10,7 +10,6 @@ import functools
 import json
 import os
 import time
-import typing
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +19,13 @@ import numpy as np
 from thoughtbubbles import ModelConfig
 from thoughtbubbles.fields import read_text
 from train.benchmarks.accelerator.record import Record, TimeIsUp
-from train.cli.config_json import as_json, model_from_json
+from train.cli.config_json import as_json, from_json, model_from_json
 from train.devices.hardware import chip_of
 from train.devices.mesh import MeshConfig, make_mesh, place
 from train.engine.optim import OptimizerConfig
 from train.engine.state import Trainable, TrainState, make_trainable
 from train.engine.step import make_train_step
-from train.runs.checkpoint import Checkpointer
+from train.runs.checkpoint import Checkpointer, load_meta
 
 SAVE_SECONDS = 60.0
 POINTS = 200  # of a loss curve
@@ -91,6 +90,8 @@ class QueuedRun:
             tokens = np.load(self.corpus, mmap_mode="r")
         except (OSError, ValueError, EOFError) as error:
             raise ValueError(f"corpus {self.corpus} is no .npy file that opens: {error}") from error
+        if not isinstance(tokens, np.ndarray):
+            raise ValueError(f"corpus {self.corpus} holds several arrays: write a .npy file of one")
         if tokens.ndim != 1 or tokens.dtype not in (np.uint16, np.uint32):
             raise ValueError(
                 f"corpus {self.corpus} is {tokens.dtype}{list(tokens.shape)}: write one row of "
@@ -156,8 +157,8 @@ def _run_of(fields: Any, folder: Path) -> QueuedRun:
         base = as_json(ModelConfig.preset(preset, vocab_size=fields["vocab_size"]))
     model = model_from_json(base | {"vocab_size": fields["vocab_size"]} | model)
     optimizer = fields.get("optimizer", {})
-    options = typing.get_type_hints(OptimizerConfig)
-    if unknown := sorted(optimizer.keys() - options.keys()):
+    options = [field.name for field in dataclasses.fields(OptimizerConfig)]
+    if unknown := sorted(optimizer.keys() - set(options)):
         raise ValueError(
             f"unknown option {unknown[0]!r} of optimizer: choose from {', '.join(options)}"
         )
@@ -169,7 +170,7 @@ def _run_of(fields: Any, folder: Path) -> QueuedRun:
             "model": model,
             "corpus": corpus,
             "seeds": seeds,
-            "optimizer": OptimizerConfig(**optimizer),
+            "optimizer": from_json(OptimizerConfig, optimizer, "optimizer"),
         }
     )
 
@@ -187,8 +188,8 @@ def measure_queue(record: Record, path: str) -> None:
             identity = as_json(run) | {"seeds": [seed]}
             known = record.data.setdefault("runs", {})
             failed = "error" in record.measurements.get(name, {})
-            folder = _folder(record, run, seed)
-            if known.get(name, identity) != identity and (folder.exists() or not failed):
+            begun = load_meta(_folder(record, run, seed)) is not None
+            if known.get(name, identity) != identity and (begun or not failed):
                 raise ValueError(
                     f"{name} of {record.folder} had other settings: give the changed run a name of "
                     "its own"

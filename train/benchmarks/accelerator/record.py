@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from thoughtbubbles.fields import read_text
 from train.runs.files import write_atomically
@@ -26,24 +27,34 @@ class Record:
         part: Name of the part.
         seconds: Remaining time in seconds; no measurement begins once the time is over.
         device: Kind of the device that is measured; by default the kind of jax's first device.
+        tiny: Whether the sizes that are measured are the tiny ones.
 
     Raises:
-        ValueError: The part's file holds results of another device, or is damaged.
+        ValueError: The part's file holds results of another device or of other sizes, or is
+            damaged.
     """
 
-    def __init__(self, folder: Path, part: str, seconds: float, device: str | None = None):
+    def __init__(
+        self,
+        folder: Path,
+        part: str,
+        seconds: float,
+        device: str | None = None,
+        tiny: bool = False,
+    ):
         self.folder, self.part = folder, part
         self._path = folder / f"{part}.json"
         self._end = time.monotonic() + seconds
         device = device or jax.devices()[0].device_kind
-        self.data: dict[str, Any] = read(folder, part) or {
+        self.data: dict[str, Any] = read(folder, part, tiny) or {
             "part": part,
             "device": device,
             "jax": jax.__version__,
+            "tiny": tiny,
             "finished": False,
             "measurements": {},
         }
-        self.data["finished"] = False
+        self.data |= {"finished": False, "tiny": tiny}
         if self.data["device"] != device:
             raise ValueError(
                 f"{self._path} is of {self.data['device']}, this machine has {device}: "
@@ -127,11 +138,17 @@ def without_nan(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def read(folder: Path, part: str) -> dict[str, Any] | None:
+def read(folder: Path, part: str, tiny: bool | None = None) -> dict[str, Any] | None:
     """Read a part's file; None if there is no such file.
 
+    Args:
+        folder: Folder of the benchmark's results.
+        part: Name of the part.
+        tiny: Whether the results must be of tiny sizes (True) or of full sizes (False); None reads
+            both.
+
     Raises:
-        ValueError: The file is damaged, for example after a loss of power.
+        ValueError: The file is damaged, for example after a loss of power, or of other sizes.
     """
     path = folder / f"{part}.json"
     if not path.exists():
@@ -144,6 +161,8 @@ def read(folder: Path, part: str) -> dict[str, Any] | None:
     except (ValueError, RecursionError, AttributeError, KeyError) as error:
         what = "remove it, and its part is measured anew"
         raise ValueError(f"{path} is damaged ({error}): {what}") from error
+    if tiny not in (None, found.get("tiny", False)):
+        raise ValueError(f"{path} is of {'full' if tiny else 'tiny'} sizes: choose another --out")
     return found
 
 
@@ -183,27 +202,38 @@ def seconds_per_call(call: Callable[[], Any], calls: int, rounds: int = 3) -> fl
 def seconds_in_a_loop(call: Callable[..., Any], inputs: tuple[Any, ...], calls: int) -> float:
     """Measure the mean seconds per call in three rounds, and return the smallest mean.
 
-    A round is one compiled loop on the device, in which each call waits for the previous call. If
-    the host dispatched short calls one by one, the dispatch would be measured instead.
+    Calls run one after another in a compiled loop. If the host dispatched short calls one by one,
+    the dispatch would be measured instead. The compiler knows the number of iterations, because a
+    GPU waits for the host before each iteration of a loop whose length is unknown.
 
     Args:
         call: Function of arrays.
-        inputs: Arguments of `call`; the first argument is an array.
-        calls: Initial number of calls in a round; on accelerators, the number is doubled until a
-            round takes 50 ms.
+        inputs: Arguments of `call`.
+        calls: Number of calls in a loop. On accelerators, a round is as many dispatches of the loop
+            as take 50 ms.
     """
 
     @jax.jit
-    def run(count: Any, first: Any, *rest: Any) -> Any:
-        after = lambda _, first: jax.lax.optimization_barrier((first, call(first, *rest)))[0]  # noqa: E731
-        return jax.lax.fori_loop(0, count, after, first)
+    def run(*inputs: Any) -> Any:
+        def again(_: Any, carry: Any) -> Any:
+            # Behind the barrier, the inputs look new, so that no part of the call is moved out of
+            # the loop. The results are carried, because the compiler removes work that no one uses.
+            given = jax.lax.optimization_barrier(carry[0])
+            return given, call(*given)
 
-    def seconds(count: int) -> float:
+        shapes = jax.eval_shape(call, *inputs)
+        results = jax.tree.map(lambda of: jnp.zeros(of.shape, of.dtype), shapes)
+        return jax.lax.fori_loop(0, calls, again, (inputs, results))[1]
+
+    def seconds(loops: int) -> float:
         started = time.perf_counter()
-        jax.block_until_ready(run(count, *inputs))
+        for _ in range(loops):
+            last = run(*inputs)
+        jax.block_until_ready(last)
         return time.perf_counter() - started
 
-    jax.block_until_ready(run(1, *inputs))
-    while jax.default_backend() != "cpu" and calls < 1 << 20 and seconds(calls) < 0.05:
-        calls *= 2
-    return min(seconds(calls) for _ in range(3)) / calls
+    jax.block_until_ready(run(*inputs))
+    loops = 1
+    while jax.default_backend() != "cpu" and loops < 1 << 16 and seconds(loops) < 0.05:
+        loops *= 2
+    return min(seconds(loops) for _ in range(3)) / (loops * calls)

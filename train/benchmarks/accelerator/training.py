@@ -156,13 +156,13 @@ def running(config: RunConfig, compiled: Any) -> Iterator[Any]:
 
 def measure_memory(record: Record, sizes: Sizes) -> None:
     """Measure each model's peak memory and its forecast, at the largest batch that was timed."""
-    timed = (read(record.folder, "step") or {"measurements": {}})["measurements"]
+    steps = read(record.folder, "step", record.data["tiny"]) or {"measurements": {}}
     largest: dict[str, tuple[int, int]] = {}
     for name in sizes.models:
         largest[name] = max(
             (
                 (found["forecast"]["peak"], found["batch"])
-                for key, found in timed.items()
+                for key, found in steps["measurements"].items()
                 if key.startswith(f"{name} ") and "step_seconds" in found
             ),
             default=(0, sizes.first_batch),
@@ -211,7 +211,8 @@ def measure_precision(record: Record, sizes: Sizes) -> None:
             for dtype in ("float32", "bfloat16")
         ]
         if all("loss" in curve for curve in curves):
-            exact, rounded = (np.array(curve["loss"]) for curve in curves)
+            # A loss that diverged is None when it is read from the file.
+            exact, rounded = (np.array(curve["loss"], np.float64) for curve in curves)
             record.put(
                 f"{name} difference",
                 {
