@@ -315,11 +315,12 @@ def test_mistakes_are_one_line(spec, message):
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
-def test_the_command_writes_what_fine_tuning_reads(tmp_path: Path):
+def test_the_command_writes_what_fine_tuning_reads(tmp_path: Path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
     out, battery = tmp_path / "data" / "train.jsonl", tmp_path / "battery"
     config = command.DemonstrationsConfig(
-        "general_points(variant='diverse')", str(out), count=12, epochs=2, form="both",
-        battery=str(battery), battery_count=2,
+        "general_points(variant='diverse')", "~/data/train.jsonl", count=12, epochs=2, form="both",
+        battery="~/battery", battery_count=2,
     )  # fmt: skip
     command.main(config)
     lines = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]

@@ -25,7 +25,7 @@ from train.rl.environments.mastermind import feedback
 from train.rl.environments.minesweeper import mine_chances
 from train.rl.environments.observations import VIEWS, ObservationView
 from train.rl.environments.one_turn import OneTurn
-from train.rl.environments.players import completion_of, play_episode, score_player
+from train.rl.environments.players import completion_of, play_episode, player_of, score_player
 from train.rl.environments.sokoban_levels import STEPS, Level, generate, solve
 from train.rl.environments.stepping import StepPool, TimeLimited, counted_step
 from train.rl.environments.tools import CalculatorTool, ToolEnvironment, call_of, run_tool
@@ -313,6 +313,7 @@ def test_expressions():
     [
         ("", "the end came too early"), ("2+", "the end came too early"), ("(2", "not closed"),
         ("2)", r"unexpected '\)'"), ("2 3", "unexpected '3'"), ("x", "unexpected 'x'"),
+        ("2 x", "unexpected 'x'"),
         ("2**3", r"unexpected '\*'"), ("1/(2-2)", "division by zero"), ("٣", "unexpected"),
         ("1" * 257, "257 characters: write 256 or less"), ("(" * 99, "more than 32 brackets"),
         ("9" * 200, "too large"), ("*".join(["99999999"] * 25), "too large"), ("1e9", "unexpected"),
@@ -344,6 +345,12 @@ def test_bm25_is_that_of_the_package():
         BM25Index(["", "?"])
 
 
+@pytest.mark.parametrize("hops", [1, 2])
+def test_a_question_is_answered_by_as_many_searches_as_its_hops(hops):
+    score = score_player(make_task(f"search_qa(hops={hops})", 0), "scripted", 12, 0)
+    assert (score.success, score.turns) == (1, hops + 1)
+
+
 def test_a_corpus_of_ones_own(tmp_path):
     texts = [{"text": f"The colour of {n} is c{n}."} for n in range(12)]
     asked = [{"question": f"Colour of {n}?", "answer": f"c{n}"} for n in range(12)]
@@ -356,6 +363,16 @@ def test_a_corpus_of_ones_own(tmp_path):
     number = problem.prompt.split()[-1].rstrip("?")
     found, answered = finish(task, problem, [f"search({number})", f"C{number}."])
     assert found.observation == f" The colour of {number} is c{number}. " and answered.success
+    more = [line | {"answer": f"{line['answer']} alone"} for line in asked]  # other golds
+    (tmp_path / "questions.jsonl").write_text("\n".join(map(json.dumps, [*asked, *more])))
+    (tmp_path / "passages.jsonl").write_text('{"text": "..."}\n{"text": "words"}')
+    twice = make_task(task.name, 0)
+    train, test = ({twice.problem(s, i).prompt for i in range(99)} for s in ("train", "test"))
+    assert not train & test and train | test == {f"{line['question']} " for line in asked}
+    assert problem.prompt in train
+    act = player_of(twice, "random")
+    actions = {act([], np.random.default_rng(seed)) for seed in range(20)}
+    assert "nothing" in actions
     (tmp_path / "questions.jsonl").write_text('{"question": "a"}')
     with pytest.raises(ValueError, match=r"questions.jsonl, line 1"):
         make_task(task.name, 0)

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
+from rl_runs import trajectories
 from rl_tiny import LORA, MEMGEN, Vowels, language_model
 
 from memgen import TriggerParam, WeaverParam, trained_params
@@ -24,6 +25,7 @@ from train.rl.config import RLConfig
 from train.rl.job import RLJob
 from train.rl.loop import train
 from train.rl.methods import GRPO, DrGRPO, TriggerGRPO
+from train.rl.reports import examples
 from train.rl.rollout.budgets import Uniform
 from train.rl.types import Reward
 from train.runs.checkpoint import load_params
@@ -240,6 +242,7 @@ def test_a_run_goes_on_by_its_method_told_or_not(train, method):
         ({"max_new_tokens": 0}, "max_new_tokens=0: choose 1 or more"),
         ({"temperature": 0.0}, "all rollouts of a problem would be equal"),
         ({"temperature": math.inf}, "temperature=inf: choose a number above 0"),
+        ({"temperature": 1e-30}, "temperature=1e-30: choose 1e-06 or more"),
         ({"reward": ("overlong(buffer=9)",)}, "overlong.buffer=9. is more than max_new_tokens=4"),
         ({"minibatches": 0}, "minibatches=0: choose 1 or more"),
         ({"method": "grpo(clip_low=-1.0)"}, "clip_low"),
@@ -300,6 +303,25 @@ def test_the_standard_error_knows_that_problems_repeat(tmp_path):
     rate = found["success"]
     assert 0 < rate < 1
     np.testing.assert_allclose(found["standard_error"], np.sqrt(rate * (1 - rate) / 4))
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_a_split_without_problems_is_one_line(tmp_path, split):
+    class Empty(Vowels):
+        sizes: Any = {"train": 8, "test": 8} | {split: 0}
+
+    with pytest.raises(ValueError, match=f"vowels has 0 problems of the split '{split}'"):
+        work(tmp_path, Empty()).collector.problems(split, 0, 1)
+
+
+def test_examples_are_whole_episodes():
+    """Also where each turn is a row of its own."""
+    rows = [
+        dataclasses.replace(row, turn=turn, texts=(f"{name}{turn}",))
+        for name, row in zip("ab", trajectories([[0.5, 1.0]]), strict=True)
+        for turn in range(2)
+    ]
+    assert examples(rows, 2) == ["    ? -> a0 | a1   (0.5)", "    ? -> b0 | b1   (1)"]
 
 
 def test_an_allocator_that_plans_too_much_is_one_line(tmp_path):

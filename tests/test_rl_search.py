@@ -353,6 +353,8 @@ def test_held_out_problems_are_answered_not_searched():
     assert SEARCH.for_held_out.max_new_tokens == NEW
     turns = PLAY.for_held_out
     assert isinstance(turns, Turns) and (turns.max_turns, turns.keep_context) == (3, True)
+    for one in (turns, turns.for_held_out):  # timeouts in a row are counted over the whole run
+        assert one.limited(Echo) is PLAY.limited(Echo)
 
 
 class KilledSearch(Scripted):
@@ -399,8 +401,10 @@ def test_a_run_killed_in_a_search_goes_on_bit_for_bit(tmp_path: Path):
 
 def test_a_tree_is_exported_and_drawn(tmp_path: Path):
     out = tmp_path / "trees.jsonl"
+    out.write_text('{"seed": [7, 0]}\n{"seed": [7, 1], "no')  # of a run that was killed
     made = search("plain", dataclasses.replace(SEARCH, export=str(out)), valid_vocab_size=ASCII)
-    [tree] = [json.loads(line) for line in out.read_text().splitlines()]
+    before, tree = [json.loads(line) for line in out.read_text().splitlines()]
+    assert before == {"seed": [7, 0]}
     nodes = tree["nodes"]
     assert (tree["uid"], tree["seed"]) == ("train0", [7, 1])
     outputs = sorted((n for n in nodes if n["output"] is not None), key=lambda n: n["output"])
@@ -442,6 +446,10 @@ Echo = Echoes()
         (
             {"method": "deepsearch(max_turns=3)"},
             "max_turns=3 is for environments, vowels is a task",
+        ),
+        (
+            {"method": "deepsearch(max_observation=9)"},
+            "max_observation=9 is for environments, vowels is a task",
         ),
         ({"method": "deepsearch(one_sided='drop')"}, "write deepsearch(clip_low=0.2"),
         (

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from train.rl.environments import ENVIRONMENTS
-from train.rl.named_tasks import make_task
+from train.rl.named_tasks import make_task, tasks_help
 from train.rl.scoring import safe_score, safe_step
 from train.rl.tasks import TASKS
 from train.rl.tasks.numbers import final_number, number_text, read_number
@@ -47,7 +47,7 @@ def say(problem: Problem, text: str) -> Completion:
 SHOW = """
 import importlib
 import sys
-from train.rl.named_tasks import make_task
+from train.rl.named_tasks import make_task, tasks_help
 modules, *specs = sys.argv[1:]
 for module in modules.split():
     importlib.import_module(module)
@@ -231,6 +231,13 @@ def test_mistakes_are_one_line(spec, message):
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
+def test_a_task_that_is_no_dataclass_is_named(monkeypatch):
+    monkeypatch.setitem(TASKS, "mine", int)
+    for use in (lambda: make("mine", 0), lambda: make("mine(a=1)", 0), tasks_help):
+        with pytest.raises(ValueError, match="task mine: <class 'int'> is no dataclass"):
+            use()
+
+
 def bisect(task, problem):
     """Turns and rewards of halving."""
     state, low, high, rewards = task.reset(problem), task.low, task.high, []
@@ -298,6 +305,13 @@ def test_hidden_facts_are_not_in_the_prompt():
         ("about 5 million", None), ("so x=5", "5"), ("3*24=72", "72"), ("1 1/2 cups", "1.5"),
         ("we get \\boxed{1{,}000}", "1000"), ("<answer>72</answer>", "72"), ("**72**", "72"),
         ("7 and 5 m^2", "5"), ("- 5\n- 6", "6"), ("10 - 3", None), ("#### 3:30", None),
+        ("it is $-\\frac{3}{4}$", "-0.75"), ("−½", "-0.5"), ("1 ½ cups", "1.5"),
+        ("2 \\frac{1}{2}", "2.5"), ("x-½", None), ("2-\\dfrac{1}{2}", None),
+        ("\\frac{-1}{2}", "-0.5"), ("\\frac{1.5}{2}", "0.75"), ("\\frac{x}{2}", None),
+        ("\\frac{\\sqrt{3}}{2}", None), ("x^{2}", None), ("10^{-3}", None), ("5 cm^{2}", "5"),
+        ("5 \\text{ cm}^2", "5"), ("so $18\\%$.", "18"), ("$\\$18$", "18"), ("$-\\$5$", "-5"),
+        ("$x=18\\%$", "18"), ("$$18$$", "18"), ("$90^\\circ$", "90"), ("is 2³", None),
+        ("...5", "5"), ("3 dozens", None), ("about 5 millions.", None),
     ],
 )  # fmt: skip
 def test_final_numbers(text, number):
@@ -320,6 +334,8 @@ def test_final_numbers(text, number):
         ("20 °C", "20"), ("3/4 cup", "3/4"), ("5 million", None), ("5M", None), ("5k", None),
         ("3 dozen", None), ("5 and a half", None), ("3 or 4", None), ("3 to 4 cups", None),
         ("2 hours 30 minutes", None), ("3:30", None), ("10-3", None), ("2^3", None), ("1e3", None),
+        ("10³", None), ("10₂", None), ("5 m²", "5"), ("-½", "-1/2"), ("1 ½", "3/2"),
+        ("-\\frac{3}{4}", "-3/4"), ("$50\\%$", "50"), ("5 millions", None),
         ("1e999999999", None), ("9" * 101, None), ("٣", None), ("five", None), ("", None),
     ],
 )  # fmt: skip
@@ -334,7 +350,7 @@ def test_equal_numbers_are_equal_texts():
 
 def test_long_texts_are_read_quickly():
     begin = time.process_time()
-    for piece in ("9", "9,", "1,000", "#### ", "-", "$-", "1.", "x\n"):
+    for piece in ("9", "9,", "1,000", "#### ", "-", "$-", "1.", "x\n", "\\frac{"):
         final_number(piece * (1_000_000 // len(piece)))
     assert time.process_time() - begin < 5
 
@@ -403,6 +419,8 @@ class Scored:
 def test_rewards_are_checked():
     done = say(Problem("uid7", "", ""), "")
     assert safe_score(Scored(lambda c: 1 / 0), done) == Reward(0.0, False, {"scorer_errors": 1.0})
+    ended = safe_score(Scored(lambda c: sys.exit(3)), done)  # as code that a text holds may
+    assert (ended.info, "SystemExit: 3" in ended.error) == ({"scorer_errors": 1.0}, True)
     task = Scored(lambda c: [][0])
     task.failure_value = -1.0
     assert safe_score(task, done).value == -1
@@ -474,6 +492,8 @@ def test_reasoning_gym_adapter(monkeypatch):
     assert state == global_randomness()
     with pytest.raises(ValueError, match="no data set triples"):
         make("reasoning_gym:triples", 0)
+    with pytest.raises(ValueError, match="options holds size=7: give size to the task itself"):
+        make("reasoning_gym(dataset='doubles', options={'size': 7})", 0)
 
 
 def test_without_reasoning_gym_the_way_out_is_said(monkeypatch):

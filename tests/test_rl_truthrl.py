@@ -246,6 +246,10 @@ def test_mistakes_are_one_line(options, message):
         Ternary().of_task(Echo())
     with pytest.raises(ValueError, match="abstain=0.5 of method truthrl is of its reward"):
         RLConfig(method=TruthRL(abstain=0.5), reward=())
+    assert RLConfig(method="deepsearch", reward=Ternary(abstain=-1.0)).reward
+    for graded in (Ternary(), Ternary(abstain=-1.0, knowledge=True)):
+        with pytest.raises(ValueError, match="tree of a search goes by success alone, 1 or -1"):
+            RLConfig(method="deepsearch", reward=graded)
 
 
 def test_a_run_shows_outcomes_of_training_and_of_held_out_problems(tmp_path: Path):
@@ -366,3 +370,7 @@ def test_a_probe_must_be_whole(tmp_path):
     file.write_text(whole + '{"uid": "tra')
     drop_half_line(file)
     assert file.read_text() == whole and unsolved_problems(file, Two()) == {"train0"}
+    for half, left in (('{"pro', ""), (notes := "notes without a last newline", notes)):
+        file.write_text(half)
+        drop_half_line(file)
+        assert file.read_text() == left

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import numpy as np
@@ -10,6 +11,7 @@ from letters import Letters
 from tiny import SMALL, by_reference, quick_model
 
 from thoughtbubbles import ModelConfig, PrefixRank, Threshold, TopK
+from thoughtbubbles.pretrained_tokenizer import PretrainedTokenizer
 from train.evaluation.scoring import Row, Score, Scorer, score_rows
 from train.models.load import LanguageModel, load_weights
 
@@ -120,6 +122,23 @@ def test_spaces_go_to_the_continuation_and_the_whole_is_encoded():
         scorer.row("t", "h")
     with pytest.raises(ValueError, match="'' of 'the' has no token of its own: it is empty"):
         scorer.row("the", "")
+
+
+def test_a_token_that_ends_every_text_is_left_out():
+    tokenizers = pytest.importorskip("tokenizers")
+    lm = load_weights("tests/fixtures/pretrained/llama")
+    tokenizer: Any = lm.tokenizer
+    end = tokenizer.eos
+    ending = tokenizers.Tokenizer.from_str(tokenizer.to_json())
+    ending.post_processor = tokenizers.processors.TemplateProcessing(
+        single=f"$A {end}", special_tokens=[(end, tokenizer.id(end))]
+    )
+    ended = PretrainedTokenizer(ending.to_str(), stop_tokens=[end])
+    scorer, plain = Scorer(LanguageModel(lm.model, ended)), Scorer(lm)
+    assert ended.prompt("in")[-1] == ended.separator == tokenizer.id(end)
+    assert scorer.row("in", " the end") == plain.row("in", " the end")
+    assert scorer.prompt("in") == plain.prompt("in") == tokenizer.prompt("in")
+    assert scorer.row("", "the").ids == [ended.separator, *plain.row("", "the").ids[1:]]
 
 
 def test_long_contexts_lose_their_beginning():

@@ -19,6 +19,7 @@ from train.rl.rollout.strategies import RolloutStrategy
 from train.runs.resume import FREE, NOTED
 
 _NUM_GENERATIONS = 8
+_COLDEST = 1e-6  # temperature; gradients, which it divides, overflow far below
 _MOST_ROLLOUTS = 2**22  # maximum of a step, whose texts are in host RAM
 
 
@@ -70,7 +71,7 @@ class RLConfig(LoopConfig):
         memgen: Config of latent memory for `train="weaver"`, used if the weights have no weaver.
         trigger: Config of the trigger for `train="trigger"`, used if the weights have no trigger.
         boundaries: Rule that decides after which tokens memory may be written: "suffix", "exact_id"
-            or "sentence" (see `memgen.boundary_table`).
+            or "sentence" (see `memgen.boundary_table`), used if the weights have no weaver.
         environment_limit_s: Time limit for a reset or a step of an environment, in seconds. An
             episode that exceeds the limit is a failure, counted as `info/timeouts`; eight such
             episodes in a row end the run. None sets no limit, and calls the environment on the main
@@ -142,6 +143,8 @@ class RLConfig(LoopConfig):
                 f"temperature={self.temperature}: choose a number above 0 (at 0 all rollouts of a "
                 "problem would be equal, unless a trigger is sampled)"
             )
+        if 0 < self.temperature < _COLDEST:
+            raise ValueError(f"temperature={self.temperature}: choose {_COLDEST} or more")
         self._check_parts()
 
     def _num_generations(self) -> int:

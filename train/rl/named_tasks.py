@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from train.cli.calls import from_text, signature
+from train.cli.entries import check_dataclass
 from train.rl.environments import ENVIRONMENTS
 from train.rl.protocols import Environment, Task
 from train.rl.tasks import TASKS
@@ -18,7 +19,11 @@ def tasks_by_name() -> Mapping[str, type[Any]]:
 
 
 def tasks_help() -> str:
-    """List all tasks and environments with their options and summaries, for `--task help`."""
+    """List all tasks and environments with their options and summaries, for `--task help`.
+
+    Raises:
+        ValueError: A task that a plugin registers is not a dataclass.
+    """
     lines = []
     for heading, registry in (
         ("tasks of one response", TASKS),
@@ -26,6 +31,7 @@ def tasks_help() -> str:
     ):
         lines.append(f"{heading}:")
         for name, task in registry.items():
+            check_dataclass("task", name, task)
             purpose = " ".join((task.__doc__ or "").partition("\n\n")[0].split())
             lines += [f"  {signature(name, task)}", f"      {purpose}"]
     return "\n".join(lines)
@@ -52,7 +58,8 @@ def make_task(spec: str, seed: int) -> Task | Environment:
         seed: Seed of the order of problems, 0 or more.
 
     Raises:
-        ValueError: The seed is negative, there is no such task or option, or a value is invalid.
+        ValueError: The seed is negative, there is no such task or option, a value is invalid, or
+            the task of a plugin is not a dataclass.
     """
     if seed < 0:
         raise ValueError(f"seed={seed}: choose 0 or more")
@@ -62,6 +69,9 @@ def make_task(spec: str, seed: int) -> Task | Environment:
         if not rest:
             raise ValueError(f"task {spec!r}: write {name}:{_AFTER_COLON[name].upper()}")
         return tasks_by_name()[name](**{_AFTER_COLON[name]: rest}, seed=seed)
-    chosen = tasks_by_name().get(name.partition("(")[0].strip())
+    name = name.partition("(")[0].strip()
+    chosen = tasks_by_name().get(name)
+    if chosen is not None:
+        check_dataclass("task", name, chosen)
     seeded = chosen is not None and "seed" in {field.name for field in dataclasses.fields(chosen)}
     return from_text(text, tasks_by_name(), "task", **({"seed": seed} if seeded else {}))

@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from train.rl.types import Collected, Trajectory
+from train.rl.types import Collected, Episodes, Trajectory
 
 FAILURES = {
     "info/scorer_errors": "the scorer raised",
@@ -88,10 +88,11 @@ def readable_evaluation(found: dict[str, float]) -> str:
 
 
 def examples(rows: Sequence[Trajectory], count: int) -> list[str]:
-    """Format the first `count` rows, one per line: shortened prompt, responses, and reward."""
+    """Format the first `count` episodes, one per line: shortened prompt, responses, and reward."""
     shown = []
-    for row in rows[:count]:
-        prompt, text = (_cut(words) for words in (row.problem.prompt, " | ".join(row.texts)))
+    for turns in Episodes.from_trajectories(rows).rows[:count]:
+        row, texts = rows[turns[0]], [text for turn in turns for text in rows[turn].texts]
+        prompt, text = (_cut(words) for words in (row.problem.prompt, " | ".join(texts)))
         shown.append(f"    {prompt} -> {text}   ({row.reward.value:g})")
     return shown
 

@@ -15,9 +15,9 @@ _LARGEST_REWARD = 1e18
 def safe_score(task: Any, completion: Completion) -> Reward:
     """Score a completion by the task.
 
-    If the scorer raises, the completion counts as a failure. Its reward is then the task's
-    `failure_value` (0 where it has none), its info has `scorer_errors` = 1, and `Reward.error` has
-    the traceback.
+    If the scorer raises or calls `sys.exit`, the completion counts as a failure. Its reward is then
+    the task's `failure_value` (0 where it has none), its info has `scorer_errors` = 1, and
+    `Reward.error` has the traceback.
 
     Args:
         task: Task with a method `score`.
@@ -32,7 +32,7 @@ def safe_score(task: Any, completion: Completion) -> Reward:
         raise ValueError(f"task {_name(task)} has no reward: give it a method `score`")
     try:
         reward = score(completion)
-    except Exception:  # whatever a text does to a scorer, the run goes on
+    except (Exception, SystemExit):  # whatever a text does to a scorer, the run goes on
         return Reward(_failure_value(task), False, {"scorer_errors": 1.0}, traceback.format_exc())
     if not isinstance(reward, Reward):
         raise ValueError(
@@ -78,9 +78,9 @@ def plain_fields(kind: type[Any], record: Any) -> dict[str, Any]:
 def safe_step(task: Any, problem: Problem, state: Any, action: Completion) -> Turn:
     """Step an environment.
 
-    If the environment raises, the turn ends the episode as a failure. Its reward is then the
-    environment's `failure_value` (0 where it has none), its info has `scorer_errors` = 1, and
-    `Turn.error` has the traceback.
+    If the environment raises or calls `sys.exit`, the turn ends the episode as a failure. Its
+    reward is then the environment's `failure_value` (0 where it has none), its info has
+    `scorer_errors` = 1, and `Turn.error` has the traceback.
 
     Args:
         task: Environment.
@@ -94,7 +94,7 @@ def safe_step(task: Any, problem: Problem, state: Any, action: Completion) -> Tu
     """
     try:
         turn = task.step(state, action)
-    except Exception:
+    except (Exception, SystemExit):
         info, error = {"scorer_errors": 1.0}, traceback.format_exc()
         return Turn(state, "", _failure_value(task), True, info=info, error=error)
     if not isinstance(turn, Turn):

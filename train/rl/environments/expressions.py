@@ -33,7 +33,7 @@ def evaluate(text: str) -> Fraction:
     while position < len(text):
         match = _TOKEN.match(text, position)
         if match is None:
-            raise ValueError(f"unexpected {text[position]!r}")
+            raise ValueError(f"unexpected {text[position:].lstrip()[0]!r}")
         tokens.append(match[1] or match[2])
         position = match.end()
     value, rest = _sum(tokens, 0)

@@ -25,9 +25,10 @@ class SearchQA(QuestionWithTools):
     seed: people live in towns, and each town has a river. `Which river is in the town of Mara?`
     takes two searches. The option `path` replaces this corpus by the files of a folder:
     `passages.jsonl` with a `text` in each line, and `questions.jsonl` with a `question` and an
-    `answer` in each line. The scripted player searches for the last word of the question (with
-    `path`, for the whole question). With `hops=2` it then searches for `river` and the last word of
-    the result. The last word of the last result is the answer of the player.
+    `answer` in each line; a question that occurs twice is in one split only. The scripted player
+    searches for the last word of the question (with `path` or `hops=1`, for the whole question).
+    With `hops=2` it then searches for `river` and the last word of the result. The last word of the
+    last result is the answer of the player.
 
     Attributes:
         people: Number of people in the synthetic corpus.
@@ -59,6 +60,8 @@ class SearchQA(QuestionWithTools):
         passages, questions = self._from_files() if self.path else self._made_up()
         object.__setattr__(self, "_tools", (SearchTool(BM25Index(passages), self.top),))
         object.__setattr__(self, "_questions", questions)
+        # The first answer of each question, which decides the split of all of its answers.
+        object.__setattr__(self, "_first", dict(reversed(questions)))
 
     @property
     def tools(self) -> tuple[SearchTool]:
@@ -68,6 +71,10 @@ class SearchQA(QuestionWithTools):
         questions: list[list[str]] = self.__dict__["_questions"]
         return questions[rng.integers(len(questions))], "own" if self.path else f"{self.hops} hops"
 
+    def split_key(self, drawn: tuple[Any, ...]) -> str:
+        question = drawn[0][0]
+        return super().split_key(([question, self.__dict__["_first"][question]],))
+
     def _answered(self, game: Any, said: str) -> Any:
         if _plain(said) == _plain(game.answer):
             said = game.answer
@@ -75,14 +82,15 @@ class SearchQA(QuestionWithTools):
 
     def random_action(self, shown: Sequence[str], rng: np.random.Generator) -> str:
         passages = self.tools[0].index.passages
-        words = words_of(passages[rng.integers(len(passages))])
+        words = words_of(passages[rng.integers(len(passages))]) or ["nothing"]
         word = words[rng.integers(len(words))]
         return f"search({word})" if rng.random() < 0.5 else word
 
     def scripted_action(self, shown: Sequence[str], rng: np.random.Generator) -> str:
         last = words_of(shown[-1])[-1]
         if len(shown) == 1:
-            return f"search({shown[0].strip() if self.path else last})"
+            # With hops=1 the last word, "live", names nobody.
+            return f"search({shown[0].strip() if self.path or self.hops == 1 else last})"
         if len(shown) < 1 + 2 * self.hops:
             return f"search(river {last})"
         return last

@@ -7,6 +7,7 @@ from typing import Any, ClassVar, get_args
 import numpy as np
 
 from memgen.invocations import Rate, Scope, invocation_penalty
+from train.cli.calls import text_of
 from train.rl.tasks.probed import unsolved_problems
 from train.rl.tasks.truthful import Reasoning, truthful
 from train.rl.types import Episodes, Trajectory
@@ -188,6 +189,17 @@ class Ternary(RewardShaping):
         if self.reasoning not in get_args(Reasoning):
             names = ", ".join(get_args(Reasoning))
             raise ValueError(f"reasoning={self.reasoning!r}: choose one of {names}")
+
+    def check(self, config: Any) -> None:
+        parts = config.parts
+        searched = parts.strategy is not None and not parts.strategy.on_policy
+        graded = self.abstain != -1 or self.knowledge or self.reasoning != "none"
+        if searched and parts.advantage.word == "tree" and graded:
+            raise ValueError(
+                f"advantage tree of a search goes by success alone, 1 or -1, not by "
+                f"{text_of(self.word, self)}: choose another advantage such as dr_grpo, or "
+                "ternary(abstain=-1.0)"
+            )
 
     def of_task(self, task: Any) -> Any:
         return truthful(task, self, unsolved_problems(self.probe, task) if self.probe else None)

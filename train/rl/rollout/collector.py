@@ -71,10 +71,17 @@ class Collector:
         """Return `count` problems from position `start` on.
 
         The problems of a finite split, or of the training pool, are shuffled anew in each epoch.
+
+        Raises:
+            ValueError: The split has no problems.
         """
         size = self._epoch if split == "train" else self._task.sizes[split]
         if size is None:
             return [self._task.problem(split, start + offset) for offset in range(count)]
+        if size < 1:
+            raise ValueError(
+                f"{self._task.name} has {size} problems of the split {split!r}: give it 1 or more"
+            )
         found = []
         for position in range(start, start + count):
             epoch, index = divmod(position, size)
@@ -117,7 +124,8 @@ class Collector:
             usable = mixed_groups(rows) if filtering else list(range(groups))
             usable = usable[: config.batch_size - found]
             found += len(usable)
-            kept += [row for row in rows if row.group in set(usable)]
+            chosen = set(usable)
+            kept += [row for row in rows if row.group in chosen]
             if found >= config.batch_size:
                 break
         budget = budget_metrics(classes, planned) | self.strategy.metrics()
@@ -162,7 +170,7 @@ class Collector:
     def held_out(self, sampler: Sampler) -> list[Trajectory]:
         """Make one rollout of each of the first `evaluation.rows` problems of the test split.
 
-        If `evaluation.rows` is None, all test problems are used, or 256 of an endless split. The
+        If `evaluation.rows` is 0, all test problems are used, or 256 of an endless split. The
         rollouts do not change the strategy's state, so training learns nothing from held-out
         problems.
         """

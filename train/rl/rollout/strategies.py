@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any, ClassVar, Self, cast
+from typing import Any, ClassVar, Self, TypeVar, cast
 
 import numpy as np
 
@@ -21,6 +21,8 @@ from train.rl.rollout.formatter import PromptFormatter
 from train.rl.rollout.sampler import Sampler
 from train.rl.scoring import score_all
 from train.rl.types import Problem, Trajectory
+
+_Strategy = TypeVar("_Strategy", bound="RolloutStrategy")
 
 LONGEST = 10_000
 """Maximum number of turns, and of tokens of an observation."""
@@ -60,8 +62,13 @@ class RolloutStrategy:
     environment_limit_s: float | None = dataclasses.field(default=30.0, repr=False)
 
     def limited(self, environment: Environment) -> TimeLimited:
-        """Return the environment's `TimeLimited` wrapper, the same wrapper in every step."""
+        """Return the environment's `TimeLimited` wrapper, the same wrapper in the whole run."""
         return self._limits.of(environment)
+
+    def share_limits(self, other: _Strategy) -> _Strategy:
+        """Return another strategy of the same run, which then counts timeouts with this one."""
+        vars(other)["_limits"] = self._limits
+        return other
 
     @functools.cached_property
     def _limits(self) -> TimeLimits:
@@ -126,7 +133,7 @@ class RolloutStrategy:
     @property
     def for_held_out(self) -> "RolloutStrategy":
         """Strategy for held-out problems: by default a copy of this one, without its state."""
-        return dataclasses.replace(self)
+        return self.share_limits(dataclasses.replace(self))
 
     def sets_aside(self, uid: str) -> bool:
         """Return whether the problem with this uid is to be skipped for now."""

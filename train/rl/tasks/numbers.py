@@ -11,7 +11,8 @@ _LONGEST = 100  # characters of a number; Python refuses integers of some thousa
 _SPACES = " \u00a0\u2009\u202f"
 _DIGITS = r"(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]{1,3}(?:['\u2019][0-9]{3})+|[0-9]+)"
 _DECIMAL = rf"(?:{_DIGITS}(?:\.[0-9]*)?|\.[0-9]+)"
-_UNIT = r"(?:(?:[kcm]?m|ft|in)\^?[23]|[^\W\d_]+[²³]?)"
+_LETTER = r"[^\W\d_¹²³\u2070-\u209c]"  # \w has raised and lowered digits too
+_UNIT = rf"(?:(?:[kcm]?m|ft|in)\^?[23]|{_LETTER}+[²³]?)"
 _NUMBER = re.compile(
     r"(?P<sign>[-+]?)[$€£¥]?(?P<inner>[-+]?)"
     rf"(?:(?P<mixed>{_DIGITS})&)?(?P<top>{_DECIMAL})(?:/(?P<bottom>{_DECIMAL}))?"
@@ -19,7 +20,11 @@ _NUMBER = re.compile(
 )
 
 # Words that change the value of the number before them, or announce a second number.
-_MULTIPLIERS = frozenset(["hundred", "thousand", "million", "billion", "trillion", "dozen"])
+_MULTIPLIERS = frozenset(
+    word + plural
+    for word in ("hundred", "thousand", "million", "billion", "trillion", "dozen")
+    for plural in ("", "s")
+)
 _NO_UNITS = _MULTIPLIERS | frozenset(
     ["k", "b", "bn", "mn", "e", "x", "i", "pi", "π", "half", "halves", "third", "thirds", "quarter",
      "quarters", "score", "and", "or", "to", "minus", "plus", "times", "point", "th", "st", "nd",
@@ -27,17 +32,24 @@ _NO_UNITS = _MULTIPLIERS | frozenset(
 )  # fmt: skip
 
 _LATEX = (
-    (re.compile(r"\\[dt]?frac\{([0-9]+)\}\{([0-9]+)\}"), r" \1/\2 "),
+    (re.compile(r"\\(?:text|mathrm|mathbf)\{([^{}]*)\}(?=\^)"), r" \1"),  # cm^2 is one word
+    (re.compile(r"\^\{?\\circ\b\}?"), "°"),
+    (re.compile(r"\\sqrt\{([^{}]*)\}"), lambda found: f" √{found[1].strip()} "),
+    (
+        re.compile(r"([-+]?)\\[dt]?frac\{([^{}]*)\}\{([^{}]*)\}"),
+        lambda found: f"{found[1] or ' '}{found[2].strip()}/{found[3].strip()} ",
+    ),
+    (re.compile(r"\^\{([^{}]*)\}"), lambda found: f"^{found[1].strip()}"),
     (re.compile(r"\{,\}"), ","),
     (re.compile(r"\\([$%])"), r"\1"),
     (re.compile(r"\\[,;! ]"), ""),
     (re.compile(r"\\(?:boxed|text|mathrm|mathbf)\b|[{}\\]"), " "),
 )
-_FRACTION_SIGN = re.compile("[¼-¾⅐-⅞]")
+_FRACTION_SIGN = re.compile("([-+]?)([¼-¾⅐-⅞])")
 _THOUSANDS = re.compile(
     rf"(?<![0-9.,/:'])(?<![0-9][{_SPACES}])([1-9][0-9]{{0,2}})((?:[{_SPACES}][0-9]{{3}})+)(?![0-9])"
 )
-_MIXED = re.compile(r"(?<![0-9./:,])([0-9]+)[ \u00a0]([0-9]+[ ]?/[ ]?[0-9])")
+_MIXED = re.compile(r"(?<![0-9./:,])([0-9]+)[ \u00a0]{1,2}([0-9]+[ ]?/[ ]?[0-9])")
 _OPERATOR = re.compile(r"(?<=[0-9])[ \t]?([-+*×÷/^])[ \t]?(?=[0-9])")
 _OUTSIDE = "()[]*_`\"'“”‘’.,;:!?#~≈|"
 
@@ -97,11 +109,11 @@ def number_text(value: Fraction) -> str:
 
 def _normal(text: str) -> str:
     """Rewrite a text so that numbers have no spaces; a mixed number gets `&` between its parts."""
-    text = text.replace("\u2212", "-").replace("\u2044", "/")
+    text = text.replace("\u2212", "-")
     for pattern, by in _LATEX:
         text = pattern.sub(by, text)
-    fraction = lambda found: " " + unicodedata.normalize("NFKC", found[0]).replace("\u2044", "/")  # noqa: E731
-    text = _FRACTION_SIGN.sub(fraction, text)
+    fraction = lambda found: f"{found[1] or ' '}{unicodedata.normalize('NFKC', found[2])}"  # noqa: E731
+    text = _FRACTION_SIGN.sub(fraction, text).replace("\u2044", "/")
     text = _THOUSANDS.sub(lambda found: re.sub(rf"[{_SPACES}]", "", found[0]), text)
     text = _MIXED.sub(r"\1&\2", text)
     return _OPERATOR.sub(r"\1", text)
@@ -119,10 +131,12 @@ def _has_number(word: str) -> bool:
 
 
 def _stripped(word: str) -> str:
-    word = word.rstrip(_OUTSIDE)
-    # A point in front belongs to a decimal.
+    word = word.rstrip(_OUTSIDE + "$")
     begin = word.lstrip(_OUTSIDE)
-    return word[len(word) - len(begin) - 1 :] if word[: -len(begin)].endswith(".") else begin
+    before = word[: -len(begin)]
+    if before.endswith(".") and not before.endswith(".."):  # one point belongs to a decimal
+        return f".{begin}"
+    return re.sub(r"^\$+(?=[-+]?\$)", "", begin)  # of $\$5$, with the marks of a formula
 
 
 def _value(text: str) -> Fraction | None:

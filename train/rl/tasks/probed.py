@@ -2,11 +2,14 @@
 
 import dataclasses
 import json
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from train.data.json_lines import read_json_lines
+
+_HEAD = b'{"probe": '  # of the first line, as `append_lines` writes it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,12 +47,14 @@ def read_probe(path: str | Path) -> tuple[dict[str, Any], list[Probed]]:
 
 
 def drop_half_line(path: str | Path) -> None:
-    """Remove the incomplete last line of a file, which an interrupted probe may leave."""
-    file = Path(path)
-    whole = file.read_bytes()
-    kept = whole[: whole.rfind(b"\n") + 1]
-    if kept != whole:
-        file.write_bytes(kept)
+    """Remove the incomplete last line of a probe's file, which an interrupted probe may leave.
+
+    A file that does not begin as a probe's file does is left alone.
+    """
+    whole = Path(path).read_bytes()
+    kept = whole.rfind(b"\n") + 1
+    if kept < len(whole) and whole[: len(_HEAD)] == _HEAD[: len(whole)]:
+        os.truncate(path, kept)
 
 
 def append_lines(path: str | Path, lines: Iterable[dict[str, Any]]) -> None:

@@ -26,12 +26,12 @@ class ReasoningGym:
     Attributes:
         dataset: Name of the data set, e.g. "chain_sum".
         size: Number of questions of both splits together.
-        options: Options of the data set, e.g. `{'max_terms': 3}`.
+        options: Options of the data set other than `size` and `seed`, e.g. `{'max_terms': 3}`.
         seed: Seed of the data set.
 
     Raises:
-        ValueError: The package is not installed, it rejects the data set or its options, `size` is
-            out of range, or all questions are equal.
+        ValueError: The package is not installed, it rejects the data set or its options, `options`
+            holds `size` or `seed`, `size` is out of range, or all questions are equal.
     """
 
     word: ClassVar[str] = "reasoning_gym"
@@ -43,6 +43,12 @@ class ReasoningGym:
     def __post_init__(self):
         at_least(self, size=2)
         at_most(self, size=100_000)
+        for name in ("size", "seed"):
+            if name in self.options:
+                raise ValueError(
+                    f"task {self.name}: options holds {name}={self.options[name]!r}: "
+                    f"give {name} to the task itself"
+                )
         try:
             package = importlib.import_module("reasoning_gym")
         except ImportError:
