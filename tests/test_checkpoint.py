@@ -194,6 +194,8 @@ def test_saves_at_the_interval_and_keeps_the_newest_and_every_kth(tmp_path: Path
 def test_refuses_options_below_one(tmp_path: Path, option: str):
     with one_line_error(f"{option}=-1"):
         Checkpointer(tmp_path, **{"save_interval": 1, option: -1})
+    with one_line_error(f"{option}=0"):
+        Checkpointer(tmp_path, **{"save_interval": 1, option: 0})
 
 
 def test_says_which_checkpoints_there_are(tmp_path: Path):

@@ -182,6 +182,13 @@ def test_without_checksums_a_checkpoint_is_refused_until_they_are_written(run: P
     assert load_params(run)[0] == {"config": {"a": 1}}
 
 
+def test_a_run_folder_named_as_a_step_is_no_checkpoint(run: Path, tmp_path: Path):
+    """The advice to write checksums would have put a file into a run."""
+    shutil.copytree(run, tmp_path / "runs" / "7")
+    message = refused(lambda: load_meta(tmp_path / "runs"))
+    assert "perhaps another run's folder); no other step here is intact" in message
+
+
 @pytest.mark.parametrize("when", ["before", "half", "after"])
 def test_a_run_that_deletes_the_step_that_is_read(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str

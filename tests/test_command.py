@@ -15,7 +15,7 @@ from import_graph import ROOT
 from train import generate
 from train.cli import main as entry
 from train.cli.command import run_command
-from train.cli.plugins import load_plugins, missing_plugins
+from train.cli.plugins import join_plugins, load_plugins, missing_plugins
 from train.list_runs import RunsConfig, draw_below, main, read_run, run_folders, sparkline
 
 
@@ -123,6 +123,10 @@ def test_run_folders_and_mistakes(folder):
     assert run_folders([str(folder / "b"), str(folder)]) == [folder / name for name in "babc"]
     with pytest.raises(ValueError, match="no folder is given"):
         run_folders([])
+    for text in (b"[1]", b"{", b"\xff"):
+        (folder / "b" / "config.json").write_bytes(text)
+        with pytest.raises(ValueError, match="b/config.json is no config of a run"):
+            main(RunsConfig((str(folder),)))
     with pytest.raises(ValueError, match="curves.txt: choose a name that ends in .png"):
         main(RunsConfig((str(folder),), figure=str(folder / "curves.txt")))
 
@@ -171,6 +175,15 @@ def test_a_plugin_with_a_mistake_of_its_own_says_where(tmp_path, monkeypatch):
         load_plugins(["--plugin", "mine_needs"])
 
 
+def test_an_unknown_home_is_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["command", "--checkpoint", "~nobody-here/run"])
+    with pytest.raises(SystemExit) as end:
+        run_command(generate.main, generate.GenerateConfig)
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and error.count("\n") == 1
+    assert error.startswith("error: ~nobody-here/run: whose home that is, is unknown here: write")
+
+
 def test_a_plugin_that_is_not_there_is_one_line():
     for name in ("nowhere_at_all", ".mine"):
         with pytest.raises(
@@ -180,6 +193,8 @@ def test_a_plugin_that_is_not_there_is_one_line():
     assert load_plugins(["tiny", "--plugin", "json", "math", "--steps", "3"]) == [
         "tiny", "--steps", "3",
     ]  # fmt: skip
+    repeated = ["tiny", "--plugin", "json", "--steps", "3", "--plugin=math"]
+    assert join_plugins(repeated) == ["tiny", "--steps", "3", "--plugin", "json", "math"]
     assert missing_plugins({"plugin": ["json"]}) == "" == missing_plugins({})
     hint = " (the run was made with --plugin nowhere_at_all: pass it here too)"
     assert missing_plugins({"plugin": ["nowhere_at_all", "json"]}) == hint

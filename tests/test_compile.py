@@ -400,6 +400,11 @@ def pretend(monkeypatch, needs):
     return asked
 
 
+def test_a_report_that_can_not_be_written_is_found_before_the_work(tmp_path):
+    with pytest.raises(ValueError, match=r"none/report.json can't be written"):
+        command.main(dataclasses.replace(CONFIG, json=str(tmp_path / "none/report.json")))
+
+
 @needs_libtpu
 def test_out_of_memory_is_an_answer(monkeypatch, capsys, tmp_path, settings):
     asked = pretend(monkeypatch, {"none": 20 * GIB, "dots": 16 * GIB, "full": 12 * GIB})

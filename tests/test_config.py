@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from typing import Any
 
 import pytest
@@ -9,8 +10,9 @@ import pytest
 from thoughtbubbles import ModelConfig, PrefixRank, Threshold, TopK
 from thoughtbubbles.positions import RopeScaling
 from train.cli.command import parse
-from train.cli.config_json import as_json, model_from_json, policy_from_text
+from train.cli.config_json import as_json, from_json, model_from_json, policy_from_text
 from train.data import DataConfig
+from train.engine.optim import OptimizerConfig
 from train.finetuning.job import SFTConfig
 from train.pretraining.config import RunConfig
 from train.pretraining.presets import PRESETS
@@ -39,6 +41,23 @@ def test_rope_scaling_and_blocks_without_positions_are_options_and_json():
     assert config.model.nope_layers == (1, 3)
     saved = json.loads(json.dumps(as_json(config)))
     assert model_from_json(saved["model"]) == config.model
+
+
+def test_an_infinite_option_is_read_back():
+    """A run with `--optimizer.clip inf` could be neither grown nor merged."""
+    config = OptimizerConfig(clip=math.inf)
+    written = json.loads(json.dumps(as_json(config)))
+    assert from_json(OptimizerConfig, written, "optimizer") == config
+    with pytest.raises(ValueError, match="optimizer: eps='inf' is not float"):
+        from_json(OptimizerConfig, written | {"eps": "inf"}, "optimizer")
+
+
+def test_a_run_folder_in_the_home_is_one_folder(monkeypatch):
+    """The shell leaves `~` in `--out=~/run`; only some of a run's files were put into the home."""
+    monkeypatch.setenv("HOME", "/home/her")
+    assert parse(RunConfig, ["--out=~/run"], PRESETS["tiny"]).out == "/home/her/run"
+    assert parse(RLConfig, ["--out=~/run", "--weights", "w"]).out == "/home/her/run"
+    assert parse(SFTConfig, ["--out", "a~b"]).out == "a~b"
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,8 @@
 import dataclasses
 import functools
 import math
+import types
+from typing import Any
 
 import jax
 import numpy as np
@@ -15,6 +17,7 @@ from train.devices.mesh import MeshConfig, make_mesh
 from train.engine.config import EvalConfig
 from train.engine.optim import OptimizerConfig
 from train.engine.state import make_trainable
+from train.evaluate import EvaluateConfig, models_of
 from train.evaluation.held_out import Evaluator, _error_of_mean, readable
 from train.evaluation.policy_overrides import Setting, figure, override_policy, table
 
@@ -68,6 +71,18 @@ def test_settings_mistakes():
     for wrong in ({"rows": -1}, {"positions": 1}, {"every": -5}):
         with pytest.raises(ValueError, match="choose 0 or more"):
             EvalConfig(**wrong)
+    for tasks, message in (
+        ({"rows": 3}, "rows=3 is for held-out rows"),
+        ({"positions": 3}, "positions=3 is for held-out rows"),
+        ({"json": "a", "records": "a"}, "json and records are both a: name two files"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            EvaluateConfig(checkpoint="run", tasks=("a.jsonl",), **tasks)
+    loaded: Any = types.SimpleNamespace(model=types.SimpleNamespace(fork_policy=PrefixRank()))
+    for name, sweep in (("ratio", "sweep"), ("threshold_offset", "sweep_offset")):
+        config = EvaluateConfig(checkpoint="run", **{name: 1.5, sweep: (1.0, 2.0)})
+        with pytest.raises(ValueError, match=f"{name}=1.5 is swept: leave it out"):
+            models_of(config, loaded)
 
 
 @pytest.mark.parametrize("kind", ["residual", "probability"])

@@ -173,9 +173,10 @@ def test_says_what_cannot_be_read(tmp_path: Path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": \n{"step": 3}\n')
     with pytest.raises(MetricsError, match=r"line 2 of .*metrics.jsonl is not a JSON object"):
         read_metrics(tmp_path)
-    (tmp_path / "metrics.jsonl").write_text("[1]\n")
-    with pytest.raises(MetricsError, match="line 1"):
-        MetricWriter(tmp_path, resume_step=3)
+    for line in ("[1]", '{"step": "x"}', '{"step": null}', "[" * 100_000):
+        (tmp_path / "metrics.jsonl").write_text(f"{line}\n")
+        with pytest.raises(MetricsError, match="line 1"):
+            MetricWriter(tmp_path, resume_step=3)
     with pytest.raises(MetricsError, match="Not a directory; free space or pass another"):
         MetricWriter(tmp_path / "metrics.jsonl" / "run")
     (tmp_path / "piped").mkdir()

@@ -1,12 +1,15 @@
 """The command from end to end: a real run, kills, resume, and every mistake as one line."""
 
+import dataclasses
 import json
 import os
 import random
+import shlex
 import shutil
 import signal
 import sys
 import time
+import types
 from pathlib import Path
 
 import jax
@@ -429,6 +432,13 @@ def test_out_that_is_a_file(monkeypatch, capsys, arguments, tmp_path):
     mistake(capsys, str(tmp_path / "run"))
 
 
+def test_generate_needs_a_prompt(monkeypatch, capsys):
+    words = ("--checkpoint", "none", "--prompt")
+    status = run_here(monkeypatch, *words, main=generate.main, config=GenerateConfig, presets=None)
+    assert status == 2
+    mistake(capsys, "no prompt is given")
+
+
 def test_a_figure_is_checked_before_anything_else(monkeypatch, capsys, tmp_path):
     words = ("--checkpoint", str(tmp_path / "none"), "--figure")
     for figure, part in (("/nowhere/a.png", "folder does not exist"), ("a.txt", "ends in .png")):
@@ -437,6 +447,16 @@ def test_a_figure_is_checked_before_anything_else(monkeypatch, capsys, tmp_path)
         )
         assert status == 2
         mistake(capsys, figure, part)
+
+
+def test_the_command_to_paste_is_read_by_the_shell(monkeypatch, capsys):
+    tuned = types.SimpleNamespace(step=300, context_length=None, prompt=list, model=None)
+    monkeypatch.setattr(pretrain, "train", lambda config: {})
+    monkeypatch.setattr(pretrain, "load_model", lambda out: tuned)
+    monkeypatch.setattr(pretrain, "write", lambda *_, **__: ["text"])
+    pretrain.main(dataclasses.replace(PRESETS["tiny"], out="my runs", prompt="it's"))
+    words = shlex.split(capsys.readouterr().out.splitlines()[-1])
+    assert words[2:] == ["--checkpoint", "my runs", "--prompt", "it's"]
 
 
 def test_generate_needs_a_run(monkeypatch, capsys, tmp_path):

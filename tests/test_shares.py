@@ -98,6 +98,7 @@ def test_a_category_gets_its_share_and_the_rest_keeps_its_proportions():
         (lambda: solve_weights(MATRIX, {}), "no share is wanted: give that of one of"),
         (lambda: solve_weights(MATRIX, {"visual": 0.2}, {"x": 1}), "no source x to prefer: choose"),
         (lambda: with_share(MIX0, ["maths"], 0.5), "no source maths in the mixture"),
+        (lambda: with_share({"a": 0.1, "b": 0.2, "c": 0.7}, ["c", "b", "a"], 0.5), "no proportion"),
         (lambda: with_share(MIX0, ["math"], 2), "a share of 2 of math"),
         (lambda: with_share({"a": 1, "b": 0}, ["b"], 0.5), "have weight 0"),
         (lambda: divided([Segment("one", frozenset())]), "cannot be divided"),
@@ -180,6 +181,7 @@ def test_the_command_prints_accuracy_shares_and_a_corpus(tmp_path, monkeypatch, 
     for options, message in (
         ({}, "nothing to do"),
         ({"shares": ("a=1",), "labelled": "x"}, "name"),
+        ({"shares": ("a=.1", "a=.2"), "sources": ("x",)}, "shares name a twice"),
     ):
         with pytest.raises(ValueError, match=message):
             MixtureConfig(**options)

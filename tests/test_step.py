@@ -6,6 +6,7 @@ More settings on a mesh: `python -m pytest -m experiment tests/test_step.py`.
 import dataclasses
 import functools
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -263,7 +264,7 @@ def second_update(trainable, grads, params):
 
 def test_weight_decay_spares_vectors():
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
-    optimizer = OptimizerConfig(weight_decay=0.5, warmup=0.0, learning_rate=0.1)
+    optimizer = OptimizerConfig(weight_decay=0.5, warmup=0.0, learning_rate=0.1, final_ratio=1.0)
     trainable = make_trainable(CONFIG, optimizer, 100, mesh)
     params = trainable.init().params
     zeros = jax.tree.map(np.zeros_like, params)
@@ -280,8 +281,14 @@ def test_schedules():
     wsd = OptimizerConfig(learning_rate=1.0, schedule="wsd", warmup=0.1, decay=0.2, final_ratio=0.0)
     wsd = make_schedule(wsd, 100)
     assert [float(wsd(s)) for s in (0, 10, 50, 80, 90, 100)] == pytest.approx([0, 1, 1, 1, 0.5, 0])
+    for schedule in ("cosine", "wsd"):
+        at_once = OptimizerConfig(learning_rate=1.0, schedule=schedule, warmup=0.0)
+        assert make_schedule(at_once, 3)(0) == 1
     with pytest.raises(ValueError, match="warmup=0.6 and decay=0.5 exceed the run"):
         OptimizerConfig(schedule="wsd", warmup=0.6, decay=0.5)
+    unknown: Any = {"schedule": "constant"}
+    with pytest.raises(ValueError, match="schedule='constant': choose one of cosine, wsd"):
+        OptimizerConfig(**unknown)
 
 
 def test_no_collective_in_a_fork_layer():

@@ -283,10 +283,13 @@ def test_command_learns_from_the_train_split_only(tmp_path, monkeypatch, capsys)
         (["--vocab-size", 100], "vocab_size=100 is below 257"),
         (["--corpus", "/no/such/folder"], "corpus /no/such/folder does not exist"),
         (["--validation", 1.5], "validation=1.5 is not a share"),
+        (["--validation", 0], "validation=0.0 is not a share: choose a number between 0 and 1"),
+        (["--out", "."], "cannot write .: it is a folder; choose another --out"),
         (["--out", "/no/such/folder/t.json"], "cannot write /no/such/folder/t.json"),
     ],
 )
 def test_command_mistakes_are_one_line(arguments, message, corpus, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("train.tokenizer.train_tokenizer", None)  # found before the work
     base = ["--corpus", corpus, "--cache-dir", tmp_path, "--vocab-size", 300]
     out, err, status = run(monkeypatch, capsys, *base, *arguments)
     assert (out, status) == ("", 2)

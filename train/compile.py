@@ -5,7 +5,6 @@ reports the program's memory and sharding. The exit status is 0 if the program f
 program does not fit, and 2 if the command line has a mistake.
 """
 
-import json
 import re
 import shlex
 import sys
@@ -21,6 +20,7 @@ from train.cli.command import run_command
 from train.cli.config_json import as_json
 from train.devices.hardware import GIB
 from train.devices.mesh import make_mesh
+from train.evaluation.task_scores import check_output, write_results
 
 JAX_SHARE = 0.75  # fraction of a GPU's memory that jax allocates by default
 
@@ -28,6 +28,8 @@ JAX_SHARE = 0.75  # fraction of a GPU's memory that jax allocates by default
 def main(config: CompileConfig) -> None:
     """Compile the program, print its report, and exit with status 0 if the program fits, else 1."""
     check_config(config)
+    if config.json:
+        check_output(Path(config.json))
     # The program is only compiled: an attached device should stay free.
     jax.config.update("jax_platforms", "cpu")
     # Cached programs can't be loaded without the device.
@@ -58,7 +60,7 @@ def main(config: CompileConfig) -> None:
         "jax": jax.__version__,
     }
     if config.json:
-        Path(config.json).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        write_results(Path(config.json), report)
     sys.exit(0 if report["fits"] else 1)
 
 

@@ -62,11 +62,12 @@ def main(config: DemonstrationsConfig) -> None:
     """
     environment = instructed(config.environment, config.seed)
     records = functools.partial(demonstration_records, form=config.form)
-    files = {Path(config.out): records(environment, "train", config.count, config.epochs)}
+    out = Path(config.out).expanduser()
+    files = {out: records(environment, "train", config.count, config.epochs)}
     if config.battery is not None:
         variants = BatteryConfig(task=config.environment, seed=config.seed).environments()
-        folder = Path(config.battery)
-        check_apart(Path(config.out), folder, variants)
+        folder = Path(config.battery).expanduser()
+        check_apart(out, folder, variants)
         files |= {
             folder / f"{name}.jsonl": records(variant, "test", config.battery_count, 1)
             for name, variant in variants.items()

@@ -99,6 +99,12 @@ class EvaluateConfig:
         if self.tasks:
             if self.sweep or self.sweep_offset or self.figure:
                 raise ValueError("--tasks score one setting: leave out the sweep and its figure")
+            for name in ("rows", "positions"):
+                given, default = getattr(self, name), getattr(EvaluateConfig, name)
+                if given != default:
+                    raise ValueError(f"{name}={given} is for held-out rows, not for --tasks")
+            if self.json is not None and self.json == self.records:
+                raise ValueError(f"json and records are both {self.json}: name two files")
         elif self.model is not None:
             raise ValueError(f"{self.model} has no held-out rows of its own: pass --tasks FILE")
         else:
@@ -193,11 +199,15 @@ def models_of(config: EvaluateConfig, loaded: LanguageModel) -> dict[str, Archit
         model. Without a sweep there is one model, under the name "".
 
     Raises:
-        ValueError: Both sweeps are given, the model is a plain decoder, the policy lacks an option
-            that is overridden, or a value is out of range.
+        ValueError: Both sweeps are given, or a sweep and a value of the swept option; the model is
+            a plain decoder, the policy lacks an option that is overridden, or a value is out of
+            range.
     """
     if config.sweep and config.sweep_offset:
         raise ValueError("--sweep and --sweep-offset are two settings at once: choose one")
+    for name, swept in (("ratio", config.sweep), ("threshold_offset", config.sweep_offset)):
+        if swept and getattr(config, name) is not None:
+            raise ValueError(f"{name}={getattr(config, name)} is swept: leave it out")
     overrides = (config.ratio, config.window, config.threshold_offset)
     asked = config.policy or config.sweep or config.sweep_offset
     model, own = loaded.model, loaded.model.fork_policy

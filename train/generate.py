@@ -79,6 +79,8 @@ class GenerateConfig:
     def __post_init__(self):
         check_sampling(self.temperature, self.top_k, self.top_p, self.min_p)
         check_least(self, max_new_tokens=1, ratio=1, window=1, threshold_offset=-1)
+        if not self.prompt:
+            raise ValueError("no prompt is given: write --prompt TEXT, or leave --prompt out")
 
 
 def main(config: GenerateConfig) -> None:

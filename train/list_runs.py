@@ -13,6 +13,7 @@ import tyro
 
 from train.cli.command import run_command
 from train.cli.figures import check_figure
+from train.runs.files import reason_of
 from train.runs.metrics import read_metrics
 
 if TYPE_CHECKING:
@@ -121,7 +122,7 @@ def run_folders(given: Sequence[str]) -> list[Path]:
         path = Path(name).expanduser()
         # Unlike pathlib, glob and os.path accept names that are too long for the file system.
         files = glob.glob(os.path.join(glob.escape(str(path)), "*", "config.json"))
-        below = sorted(Path(file).parent for file in files)
+        below = sorted(Path(file).parent for file in files if os.path.isfile(file))
         runs = [path] if os.path.isfile(path / "config.json") else below
         if not runs:
             raise ValueError(f"{path} holds no run (config.json): name the --out of a run")
@@ -130,8 +131,20 @@ def run_folders(given: Sequence[str]) -> list[Path]:
 
 
 def read_run(folder: Path) -> Run:
-    """Read the config and the metrics of a run folder; without a metrics file, none are read."""
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    """Read the config and the metrics of a run folder; without a metrics file, none are read.
+
+    Raises:
+        ValueError: A file of the folder is damaged, or is none of a run.
+    """
+    file = folder / "config.json"
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(config, dict):
+            raise ValueError("it is no object")
+    except (ValueError, RecursionError) as error:
+        raise ValueError(
+            f"{file} is no config of a run ({reason_of(error)}): leave {folder} out"
+        ) from error
     logged = (folder / "metrics.jsonl").is_file()
     return Run(folder, flat(config), read_metrics(folder) if logged else [])
 

@@ -57,6 +57,10 @@ class MixtureConfig:
             raise ValueError(f"segments={self.segments} is below 1")
         if not self.sources and self.labelled is None:
             raise ValueError("nothing to do: name --sources to label, or --labelled segments")
+        labels = [share.partition("=")[0] for share in self.shares]
+        for label in labels:
+            if labels.count(label) > 1:
+                raise ValueError(f"shares name {label} twice: give each label one share")
         if self.shares and not self.sources:
             raise ValueError(f"shares of {self.shares[0]}: name the --sources to mix")
 

@@ -1,5 +1,6 @@
 """Pretrain a model: python -m train.pretrain [PRESET] [--option value ...]."""
 
+import shlex
 from pathlib import Path
 
 import jax
@@ -44,7 +45,7 @@ def main(config: RunConfig) -> None:
     if bubbles:
         print("live streams of each token of its start:")
         print(map_of_text(loaded, text[:160]).text())
-    options = f"--checkpoint {config.out} --prompt '{config.prompt}'"
+    options = f"--checkpoint {shlex.quote(config.out)} --prompt {shlex.quote(config.prompt)}"
     options += " --bubbles" if bubbles else ""
     print(f"thoughtbubbles generate {options}{plugin_options(config.plugin)}")
 

@@ -3,6 +3,8 @@
 python -m train.sft --weights smollm2 --data.path chats.jsonl --train lora
 """
 
+import shlex
+
 import jax
 
 from train.cli.command import run_command
@@ -28,8 +30,8 @@ def main(config: SFTConfig) -> None:
             meta = load_run_meta(config.out) or {}
             chat = "--chat " if meta.get("chat", {}).get("chat_template") else ""
             print(
-                f"thoughtbubbles generate --checkpoint {config.out} {chat}--prompt '...'"
-                f"{plugin_options(config.plugin)}"
+                f"thoughtbubbles generate --checkpoint {shlex.quote(config.out)} {chat}"
+                f"--prompt '...'{plugin_options(config.plugin)}"
             )
 
 

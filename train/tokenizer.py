@@ -12,6 +12,7 @@ from train.cli.command import run_command
 from train.cli.numbers import check_least
 from train.data import DataConfig, DataError, HuggingFaceTokenizer, open_corpus
 from train.data.bpe import SMALLEST, train_tokenizer
+from train.data.config import check_rows
 from train.runs.files import write_atomically
 
 
@@ -35,11 +36,8 @@ class TokenizerConfig:
     """Folder of prepared data; ${XDG_CACHE_HOME:-~/.cache}/thoughtbubbles/data by default."""
 
     def __post_init__(self):
-        if not 0 <= self.validation < 1:
-            raise ValueError(
-                f"validation={self.validation} is not a share: choose from 0 to below 1"
-            )
         check_least(self, vocab_size=SMALLEST)
+        check_rows(DataConfig.seq_len, self.validation, DataConfig.seed)
 
 
 def run(config: TokenizerConfig) -> str:
@@ -54,6 +52,9 @@ def run(config: TokenizerConfig) -> str:
     data = DataConfig(
         corpus=config.corpus, validation=config.validation, cache_dir=config.cache_dir
     )
+    if config.out.is_dir() or not config.out.absolute().parent.is_dir():  # before hours of training
+        why = "it is a folder" if config.out.is_dir() else "its folder does not exist"
+        raise DataError(f"cannot write {config.out}: {why}; choose another --out")
     corpus = open_corpus(data.corpus, data.validation, data.cache)
     trained = train_tokenizer(corpus, config.vocab_size).to_str(pretty=True)
     try:

@@ -21,7 +21,7 @@ from train.cli.calls import from_text
 from train.cli.config_json import POLICIES, policy_from_text
 from train.cli.numbers import check_numbers
 from train.cli.option_rules import RULES, one_word, option_rule
-from train.cli.plugins import load_plugins
+from train.cli.plugins import join_plugins, load_plugins
 from train.cli.presets_help import presets_text
 from train.devices.failures import RunFailed
 from train.devices.hardware import quiet_libtpu
@@ -33,6 +33,7 @@ ARCHITECTURE = "--architecture"
 _LONGEST_LINE = 2000  # characters of an error line
 # Beginnings of messages by Python and tyro that don't name the option; tyro's box names it.
 _UNNAMED = ("invalid literal", "could not convert", "no type matching")
+_NO_HOME = "Could not determine home directory"  # of `Path.expanduser`, which names no path
 
 
 @option_rule
@@ -87,8 +88,8 @@ def run_command(
     words = sys.argv[1:]
     try:
         others = load_plugins(words)
-        if "plugin" not in {field.name for field in dataclasses.fields(cast(Any, config))}:
-            words = others
+        plugin = "plugin" in {field.name for field in dataclasses.fields(cast(Any, config))}
+        words = join_plugins(words) if plugin else others
         default = None
         if presets is not None:
             named = bool(words) and not words[0].startswith("-")
@@ -114,6 +115,9 @@ def run_command(
         print(f"error: {_one_line(error)}", file=sys.stderr)
         sys.exit(1)
     except (MemoryError, RuntimeError) as error:
+        if str(error).startswith(_NO_HOME) and not os.environ.get("THOUGHTBUBBLES_TRACEBACK"):
+            print(f"error: {_unknown_home()}", file=sys.stderr)
+            sys.exit(2)
         full = isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
         if not full or os.environ.get("THOUGHTBUBBLES_TRACEBACK"):
             raise
@@ -139,6 +143,11 @@ def _one_line(error: Exception | str) -> str:
 def _shortened(found: re.Match[str]) -> str:
     """Shorten a long text to its two ends, since the end of a path is the most informative."""
     return f"{found[0][:50]}...{found[0][-50:]}"
+
+
+def _unknown_home() -> str:
+    paths = [word for word in sys.argv[1:] if word.rpartition("=")[2].startswith("~")]
+    return f"{' '.join(paths) or '~'}: whose home that is, is unknown here: write the path in full"
 
 
 def _out_of_memory(error: Exception) -> str:

@@ -10,6 +10,7 @@ from thoughtbubbles.architecture import architecture_name
 from thoughtbubbles.fields import shown
 from thoughtbubbles.policies import POLICIES
 from train.cli.calls import from_text, text_of
+from train.cli.numbers import infinite_options
 from train.cli.plugins import OPTION
 
 
@@ -94,6 +95,9 @@ def from_json(kind: type[Any], fields: Any, name: str) -> Any:
     Raises:
         ValueError: A field is unknown, missing or of the wrong type.
     """
+    if isinstance(fields, dict):
+        infinite = [option for option in infinite_options(kind) if fields.get(option) == "inf"]
+        fields = fields | dict.fromkeys(infinite, math.inf)
     return typed_json.from_json(kind, fields, name, _policy)
 
 

@@ -56,6 +56,12 @@ def load_plugins(words: Sequence[str]) -> list[str]:
     return others
 
 
+def join_plugins(words: Sequence[str]) -> list[str]:
+    """Join repeated `--plugin` options into one option, the last, that names all modules."""
+    names, others = _named(words)
+    return [*others, OPTION, *names] if names else others
+
+
 def _root(name: str) -> str:
     return name.partition(".")[0]
 

@@ -6,12 +6,15 @@ whether Muon updates it.
 
 import dataclasses
 import math
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 import jax
 import optax
 from flax import nnx
 from optax.contrib import MuonDimensionNumbers
+
+Name = Literal["adamw", "muon"]
+Schedule = Literal["cosine", "wsd"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +39,8 @@ class OptimizerConfig:
         schedule: Schedule after the warm-up: "cosine" decays to `final_ratio` of the peak over the
             rest of the run; "wsd" (warm-up, stable, decay) stays at the peak, and decays linearly
             to `final_ratio` of it over the last `decay` fraction of the steps.
-        warmup: Fraction of the steps, 0 to 1, over which the learning rate rises linearly from 0.
+        warmup: Fraction of the steps, 0 to 1, over which the learning rate rises linearly from 0,
+            at least over the first step; 0 turns the warm-up off.
         decay: Fraction of the steps, 0 to 1, over which "wsd" decays at the end.
         final_ratio: Learning rate at the last step, as a fraction of the peak.
         fork_rate: Factor on the learning rate of fork layers. A factor above 1 helps new fork
@@ -45,20 +49,25 @@ class OptimizerConfig:
 
     may_be_infinite: ClassVar[frozenset[str]] = frozenset({"clip"})
 
-    name: Literal["adamw", "muon"] = "adamw"
+    name: Name = "adamw"
     learning_rate: float = 3e-3
     b1: float = 0.9
     b2: float = 0.95
     eps: float = 1e-8
     weight_decay: float = 0.1
     clip: float = 1.0
-    schedule: Literal["cosine", "wsd"] = "cosine"
+    schedule: Schedule = "cosine"
     warmup: float = 0.05
     decay: float = 0.2
     final_ratio: float = 0.1
     fork_rate: float = 1.0
 
     def __post_init__(self):
+        for name, choices in (("name", get_args(Name)), ("schedule", get_args(Schedule))):
+            if getattr(self, name) not in choices:
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r}: choose one of {', '.join(choices)}"
+                )
         for name in ("warmup", "decay", "final_ratio"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)} is not a share: choose 0 to 1")
@@ -87,18 +96,17 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
         steps: Number of steps of the run.
     """
     peak, final = config.learning_rate, config.learning_rate * config.final_ratio
-    warmup = max(round(config.warmup * steps), 1)
+    warmup = max(round(config.warmup * steps), 1) if config.warmup else 0
     if config.schedule == "cosine":
+        if not warmup:
+            return optax.cosine_decay_schedule(peak, steps, config.final_ratio)
         return optax.warmup_cosine_decay_schedule(0.0, peak, warmup, max(steps, warmup + 1), final)
     decay = max(round(config.decay * steps), 1)
-    return optax.join_schedules(
-        [
-            optax.linear_schedule(0.0, peak, warmup),
-            optax.constant_schedule(peak),
-            optax.linear_schedule(peak, final, decay),
-        ],
-        [warmup, max(steps - decay, warmup)],
-    )
+    parts = [optax.constant_schedule(peak), optax.linear_schedule(peak, final, decay)]
+    ends = [max(steps - decay, warmup)]
+    if warmup:
+        parts, ends = [optax.linear_schedule(0.0, peak, warmup), *parts], [warmup, *ends]
+    return optax.join_schedules(parts, ends)
 
 
 def make_optimizer(

@@ -223,8 +223,10 @@ def accepted(config: RejectionConfig, job: RLJob) -> Iterator[Line]:
         counts = [config.samples] * len(some)
         rows = strategy.collect(sampler, task, some, counts, (config.seed, 0))
         check_scorer(task, rows)
-        for group, problem in enumerate(some):
-            mine = [row for row in rows if row.group == group]
+        of_group: list[list[Trajectory]] = [[] for _ in some]
+        for row in rows:
+            of_group[row.group].append(row)
+        for problem, mine in zip(some, of_group, strict=True):
             for texts in _kept(mine, task, config.keep, strategy):
                 yield from conversations(task, problem, texts, config.chat, seen, history)
 

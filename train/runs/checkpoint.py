@@ -76,7 +76,7 @@ class Checkpointer:
         for name, value in (
             ("save_interval", save_interval),
             ("keep", keep),
-            ("keep_every", keep_every or 1),
+            ("keep_every", 1 if keep_every is None else keep_every),
         ):
             if value < 1:
                 raise CheckpointError(f"{name}={value} is less than 1: choose a positive number")

@@ -320,12 +320,14 @@ def _lines(file: Path) -> list[tuple[bytes, dict[str, Any]]]:
         if not raw.endswith(b"\n"):
             break
         try:
-            lines.append((raw, json.loads(raw)))
-            lines[-1][1]["step"]
-        except (ValueError, TypeError, KeyError):
+            line = json.loads(raw)
+            if type(line["step"]) is not int:
+                raise TypeError
+        except (ValueError, TypeError, KeyError, RecursionError):
             raise MetricsError(
                 f"line {number} of {file} is not a JSON object with a step: remove it"
             ) from None
+        lines.append((raw, line))
     return lines
 
 

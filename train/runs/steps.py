@@ -84,6 +84,8 @@ def verify(folder: Path, items: tuple[str, ...], share: int = 0, shares: int = 1
     try:
         checksums.verify(folder, items, share, shares)
     except checksums.NoChecksumsError:
+        if not (folder / "meta").exists():
+            raise damaged(folder, "no checksums, no meta: perhaps another run's folder") from None
         raise CheckpointError(
             f"checkpoint {folder} has no file {checksums.NAME}, so damage could not be seen: if "
             f'you know that its files are whole, write it: python -c "from pathlib import Path; '

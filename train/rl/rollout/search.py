@@ -112,11 +112,12 @@ class TreeSearch(TreeSearchOptions, RolloutStrategy):
 
     def for_task(self, task: Any) -> "TreeSearch":
         if not hasattr(task, "step"):
-            if self.max_turns is not None:
-                raise ValueError(
-                    f"max_turns={self.max_turns} is for environments, {task.name} is a task of one "
-                    "response: leave it out"
-                )
+            for name in ("max_turns", "max_observation"):
+                if (value := getattr(self, name)) != getattr(TreeSearchOptions, name):
+                    raise ValueError(
+                        f"{name}={value} is for environments, {task.name} is a task of one "
+                        "response: leave it out"
+                    )
             return self
         if self.step_len is not None:
             raise ValueError(
@@ -146,7 +147,7 @@ class TreeSearch(TreeSearchOptions, RolloutStrategy):
         shared = {name: getattr(self, name) for name in names}
         if not self.turns:
             return OneResponse(**shared)
-        return Turns(self.turns, self.max_observation, True, **shared)
+        return self.share_limits(Turns(self.turns, self.max_observation, True, **shared))
 
     @property
     def limits(self) -> Limits:
