@@ -17,9 +17,15 @@ from processes import ROOT
 from thoughtbubbles import ModelConfig
 from thoughtbubbles.attention import attend_reference
 from train.benchmarks.accelerator import config as command
-from train.benchmarks.accelerator import inference, kernels, part, queued, training
+from train.benchmarks.accelerator import inference, kernels, part, queued, record, training
 from train.benchmarks.accelerator.config import AcceleratorBenchmark, main
-from train.benchmarks.accelerator.record import Record, TimeIsUp, read, seconds_in_a_loop
+from train.benchmarks.accelerator.record import (
+    DeviceLost,
+    Record,
+    TimeIsUp,
+    read,
+    seconds_in_a_loop,
+)
 from train.benchmarks.accelerator.sizes import tiny_sizes
 
 MODEL = {"embed_dim": 8, "num_layers": 1, "num_heads": 2}
@@ -342,8 +348,25 @@ def test_mistakes_are_one_line(tmp_path: Path):
         main(AcceleratorBenchmark(out=str(tmp_path / "none"), table=True))
 
 
+def test_a_lost_device_ends_its_process_after_the_measurement_is_written(
+    tmp_path: Path, monkeypatch
+):
+    of_part = Record(tmp_path, "step", 60)
+
+    def fails() -> dict[str, float]:
+        raise RuntimeError("CUDA_ERROR_ILLEGAL_ADDRESS")
+
+    assert "ILLEGAL" in of_part.measure("first", fails)["error"], "the device computes: go on"
+    monkeypatch.setattr(record, "device_works", lambda: False)
+    with pytest.raises(DeviceLost):
+        of_part.measure("second", fails)
+    saved = read(tmp_path, "step")
+    assert saved and "ILLEGAL" in saved["measurements"]["second"]["error"]
+    assert "error" not in of_part.measure("third", dict), "nothing failed: nothing is asked"
+
+
 def test_a_part_that_dies_leaves_the_others(tmp_path: Path, capsys, monkeypatch):
-    statuses = iter([-9, 0])
+    statuses = iter([-9, part.LOST, 0])
     ran = []
     monkeypatch.setenv("XLA_CLIENT_MEM_FRACTION", "0.5")
 
@@ -355,7 +378,7 @@ def test_a_part_that_dies_leaves_the_others(tmp_path: Path, capsys, monkeypatch)
 
     monkeypatch.setattr(command.subprocess, "run", run)
     main(AcceleratorBenchmark(out=str(tmp_path), parts=("kernels", "step")))
-    assert ran == ["kernels", "step"]
+    assert ran == ["kernels", "step", "step"], "a new process goes on where a device was lost"
     said = capsys.readouterr()
     assert "kernels: the process ended with status -9" in said.err
     assert "kernels: cut after" in said.out and "step: done after" in said.out

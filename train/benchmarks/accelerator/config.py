@@ -8,7 +8,7 @@ import sys
 import time
 from pathlib import Path
 
-from train.benchmarks.accelerator.part import PARTS, has_tiny_sizes, run_part
+from train.benchmarks.accelerator.part import LOST, PARTS, has_tiny_sizes, run_part
 from train.benchmarks.accelerator.record import TimeIsUp, read
 from train.benchmarks.accelerator.table import tables
 
@@ -102,22 +102,24 @@ def _run(name: str, config: AcceleratorBenchmark, folder: Path, seconds: float) 
         except TimeIsUp:
             return False
         return True
-    given = {"name": name, "folder": str(folder), "tiny": False, "then": config.then,
-             "seconds": max(seconds - LEAST, 1.0)}  # fmt: skip
-    # A process for each part frees its device memory, and a crash spares the other parts.
-    command = [sys.executable, "-m", "train.benchmarks.accelerator.part", json.dumps(given)]
+    end, given = time.monotonic() + seconds, {"tiny": False, "then": config.then}
     defaults = {
         "JAX_COMPILATION_CACHE_DIR": str((folder / "compiled").absolute()),
     }
     fraction = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")  # JAX refuses both
     if not any(map(os.environ.get, fraction)):
         defaults[fraction[0]] = "0.92"  # JAX takes three quarters of a GPU otherwise
-    try:
-        status = subprocess.run(command, env=defaults | os.environ, timeout=seconds).returncode
-    except subprocess.TimeoutExpired:
-        return False
+    status = LOST
+    while status == LOST and (left := end - time.monotonic()) > 0:
+        given |= {"name": name, "folder": str(folder), "seconds": max(left - LEAST, 1.0)}
+        # A process for each part frees its device memory, and a crash spares the other parts.
+        command = [sys.executable, "-m", "train.benchmarks.accelerator.part", json.dumps(given)]
+        try:
+            status = subprocess.run(command, env=defaults | os.environ, timeout=left).returncode
+        except subprocess.TimeoutExpired:
+            return False
     if status == 2:  # its message is printed already
         sys.exit(2)
-    if status not in (0, 3):
+    if status not in (0, 3, LOST):
         print(f"{name}: the process ended with status {status}", file=sys.stderr, flush=True)
     return status == 0

@@ -9,8 +9,11 @@ from pathlib import Path
 
 import jax
 
-from train.benchmarks.accelerator.record import Record, TimeIsUp
+from train.benchmarks.accelerator.record import DeviceLost, Record, TimeIsUp
 from train.benchmarks.accelerator.sizes import full_sizes, tiny_sizes
+
+LOST = 4
+"""Exit status of a process whose device is lost, and whose part a new process can go on with."""
 
 PARTS = ("kernels", "step", "memory", "decode", "rl", "precision", "then")
 
@@ -27,6 +30,7 @@ def run_part(name: str, folder: Path, seconds: float, tiny: bool, then: str | No
 
     Raises:
         TimeIsUp: The time limit was reached before the part was finished.
+        DeviceLost: A measurement has ended all work of this process on the device.
         ValueError: There is no accelerator, the folder's results are of another device, of other
             sizes or damaged, or the file of training runs has a mistake.
     """
@@ -68,7 +72,8 @@ def has_tiny_sizes(name: str, tiny: bool) -> bool:
 def main() -> None:
     """Run a part with the arguments of `run_part` in JSON, the only command-line argument.
 
-    The exit status is 3 if the time limit was reached, and 2 after a `ValueError`.
+    The exit status is 3 if the time limit was reached, `LOST` if a new process must go on, and 2
+    after a `ValueError`.
     """
     given = json.loads(sys.argv[1])
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
@@ -76,6 +81,8 @@ def main() -> None:
         run_part(**given | {"folder": Path(given["folder"])})
     except TimeIsUp:
         sys.exit(3)
+    except DeviceLost:
+        sys.exit(LOST)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -19,6 +19,18 @@ class TimeIsUp(Exception):
     """Raised if no time is left for the next measurement."""
 
 
+class DeviceLost(Exception):
+    """An error such as an illegal address has ended all work of this process on the device."""
+
+
+def device_works() -> bool:
+    """Whether the first device still computes: some errors of a GPU last as long as the process."""
+    try:
+        return float(jnp.zeros(()) + 1) == 1
+    except Exception:
+        return False
+
+
 class Record:
     """Result file of a part, which runs the missing measurements and stores their results.
 
@@ -86,6 +98,8 @@ class Record:
 
         Raises:
             TimeIsUp: The time is over.
+            DeviceLost: `work` raised an exception, and the device computes nothing any more. The
+                result is written.
         """
         if name in self.measurements:
             return self.measurements[name]
@@ -111,6 +125,8 @@ class Record:
             print(f"{self.part}: {name}: {found['error']}", file=sys.stderr, flush=True)
         found["wall_seconds"] = time.perf_counter() - started
         self.put(name, found)
+        if "error" in found and not device_works():
+            raise DeviceLost
         return found
 
     def put(self, name: str, found: dict[str, Any]) -> None:
