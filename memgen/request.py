@@ -17,6 +17,8 @@ from memgen.short_repr import ShortRepr
 from memgen.trigger import AlwaysInvoke, LearnedInvoke, RandomInvoke, Trigger, TriggerPolicy
 
 SHORTEST = 16
+LOWEST_TEMPERATURE = 1e-30
+"""Temperature below which logits divided by it may not be finite in float32."""
 
 KeepMemory = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
@@ -80,7 +82,8 @@ def make_request(
         memgen: Model that will respond.
         max_new_tokens: Maximum number of new tokens per row.
         policy: Trigger policy, which decides at each boundary whether to weave.
-        temperature: Sampling temperature; 0 takes the most probable token.
+        temperature: Sampling temperature; 0, or less than `LOWEST_TEMPERATURE`, takes the most
+            probable token.
         stop: Token ids that end a row.
         valid_vocab_size: Number of token ids that may be sampled: ids from `valid_vocab_size` on
             are excluded. By default all ids may be sampled.
@@ -112,20 +115,22 @@ def make_request(
     check_number("temperature", temperature)
     if top_p is not None:
         check_number("top_p", top_p)
-    if max_new_tokens < 0:
-        raise ValueError(f"max_new_tokens={max_new_tokens}: choose 0 or more")
+    if not 0 <= max_new_tokens < 2**31:
+        raise ValueError(f"max_new_tokens={max_new_tokens}: choose from 0 to {2**31 - 1}")
     if not (np.isfinite(temperature) and temperature >= 0):
         raise ValueError(f"temperature={temperature}: choose 0 (greedy) or more")
     if top_p is not None and not 0 < top_p <= 1:
         raise ValueError(f"top_p={top_p}: choose more than 0 and at most 1")
     vocab = memgen.reasoner.vocab_size
+    if valid_vocab_size is not None and not is_whole(valid_vocab_size):
+        raise ValueError(f"valid_vocab_size={valid_vocab_size!r}: give a whole number")
     if valid_vocab_size is not None and not 1 <= valid_vocab_size <= vocab:
         raise ValueError(
             f"valid_vocab_size={valid_vocab_size}: choose from 1 to vocab_size={vocab}"
         )
     return Request(
         policy,
-        jnp.float32(temperature) if temperature else None,
+        None if temperature < LOWEST_TEMPERATURE else jnp.float32(temperature),
         jnp.int32(max_new_tokens),
         jnp.asarray(list(stop), jnp.int32),
         jnp.int32(vocab if valid_vocab_size is None else valid_vocab_size),
@@ -170,6 +175,8 @@ def row_keys(seed: int, prompts: Sequence[Sequence[int]]) -> jax.Array:
     """
     if not is_whole(seed):
         raise ValueError(f"seed={seed!r}: give a whole number")
+    if not -(2**63) <= seed < 2**63:
+        raise ValueError(f"seed={seed}: choose a number of at most 64 bits")
     rows = [np.array(prompt, np.int32).tobytes() for prompt in prompts]
     seen: collections.Counter[bytes] = collections.Counter()
     repeats = []

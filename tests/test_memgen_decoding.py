@@ -121,6 +121,7 @@ def test_a_top_p_of_one_is_off():
     made = memgen_of()
     assert make_request(made, 4, temperature=1.0, top_p=1.0).top_p is None
     assert make_request(made, 4, temperature=1.0, top_p=0.5).top_p == 0.5
+    assert make_request(made, 4, temperature=1e-38).temperature is None, "logits would be infinite"
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -641,6 +641,22 @@ WRONG: dict[str, tuple[Callable[[Given], Any], str]] = {
         lambda g: memgen.generate(g.made, [[1]], 4, stop=jnp.array([1.5])),
         "give a list of token ids",
     ),
+    "an id beyond 32 bits to stop at": (
+        lambda g: memgen.generate(g.made, [[1]], 4, stop=(2**31,)),
+        "give a list of token ids",
+    ),
+    "more tokens than 32 bits count": (
+        lambda g: memgen.generate(g.made, [[1]], 2**31),
+        "max_new_tokens=2147483648: choose from 0 to 2147483647",
+    ),
+    "half an id": (
+        lambda g: memgen.generate(g.made, [[1]], 4, valid_vocab_size=3.7),
+        "valid_vocab_size=3.7: give a whole number",
+    ),
+    "a seed beyond 64 bits": (
+        lambda g: memgen.generate(g.made, [[1]], 4, seed=2**63),
+        "seed=9223372036854775808: choose a number of at most 64 bits",
+    ),
     "a decoder that generates": (
         lambda g: memgen.generate(g.model, [[1]], 4),
         "a Thoughtbubbles in place of a MemGen: give",

@@ -124,9 +124,12 @@ def check_rngs(rngs: Any) -> None:
 def check_stop(stop: Any) -> None:
     """Raise a ValueError unless `stop` is a sequence of integer token ids."""
     is_list = not isinstance(stop, str) and hasattr(stop, "__iter__")
-    is_id = lambda end: is_whole(end) and not isinstance(end, bool)  # noqa: E731
-    if not is_list or not all(map(is_id, stop)):
+    if not is_list or not all(map(_is_id, stop)):
         raise ValueError(f"stop={stop!r}: give a list of token ids, such as (3,)")
+
+
+def _is_id(value: Any) -> bool:
+    return is_whole(value) and not isinstance(value, bool) and abs(value) < 2**31
 
 
 def check_sizes(**sizes: Any) -> None:
