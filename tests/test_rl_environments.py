@@ -5,6 +5,7 @@ import functools
 import itertools
 import json
 import math
+import sys
 from fractions import Fraction
 from typing import Any
 
@@ -424,6 +425,7 @@ def test_tools_around_an_environment():
     assert turns[-1].info == {"malformed": 1, "tool_calls": 2, "tool_errors": 1}
     assert turns[-1].state.inner.turns == 3
     assert run_tool(Broken(), "").failed
+    assert run_tool(sys.exit, "3").failed
     for text in ("calc(1) more", "calculate(1)", " calc", "calc)"):
         assert call_of(text, task.tools) is None
     sums = ToolEnvironment(OneTurn(make_task("arithmetic", 0)), (CalculatorTool(),))

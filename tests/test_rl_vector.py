@@ -543,14 +543,19 @@ def test_what_an_environment_calls_timeouts_is_no_hang():
         def step(self, state, action):
             sys.exit(3)
 
+    class ExitsAtOnce(Counting):
+        def reset(self, problem):
+            sys.exit(3)
+
     own = TimeLimited(Own(), 5.0)
     problem = own.problem("train", 3)
     for _ in range(10):
         own.step(own.reset(problem), completion_of(problem, "go"))
     own.raise_if_hanging()
-    exits = TimeLimited(Exits(), 5.0)
-    turn = safe_step(exits, problem, exits.reset(problem), completion_of(problem, "go"))
-    assert turn.info == {"scorer_errors": 1} and "sys.exit(3)" in turn.error
+    for environment, limit in itertools.product((Exits(), ExitsAtOnce()), (5.0, None)):
+        exits = TimeLimited(environment, limit)
+        turn = safe_step(exits, problem, exits.reset(problem), completion_of(problem, "go"))
+        assert turn.info == {"scorer_errors": 1} and "sys.exit(3)" in turn.error
 
 
 def test_calls_run_in_the_callers_context():

@@ -378,7 +378,7 @@ class TimeLimited(EnvironmentWrapper):
         """Return the first state of an episode, or a `FailedState` if the reset fails."""
         try:
             return self._call(lambda: self.environment.reset(problem))
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             if isinstance(error, TimedOut):
                 self._reasons.append(str(error))
             return FailedState(counter_of(error), reason_of(error), over=False)

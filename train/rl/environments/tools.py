@@ -104,7 +104,7 @@ def run_tool(tool: Tool, argument: str, max_argument: int = 256) -> ToolResult:
         return ToolResult(f"error: {len(argument)} characters, {max_argument} at most", True)
     try:
         output = tool(argument)
-    except Exception as error:  # whatever a text does to a tool, the episode goes on
+    except (Exception, SystemExit) as error:  # whatever a text does to a tool, the episode goes on
         reason = " ".join(str(error).split()) or type(error).__name__
         return ToolResult(f"error: {reason[:80]}", True)
     if not isinstance(output, str):
