@@ -1,4 +1,4 @@
-"""Kernels stored transposed for a batch on a CPU: the same model, no copies, only where it pays."""
+"""Kernels stored transposed on a CPU: the same model, no copies, only where it pays."""
 
 import dataclasses
 import re
@@ -47,12 +47,11 @@ def test_it_is_the_same_model(config, rows):
     model = made(config)
     form = model.for_decoding()
     assert can_transpose(form)
-    transpose_kernels(form)
+    transpose_kernels(form, batch=rows > 1)
     assert not can_transpose(form)
     kernels = [k for _, k in nnx.iter_graph(form) if isinstance(k, TransposedKernel)]
-    assert (
-        len(kernels) == config.num_layers * (7 if config.mlp == "swiglu" else 6) + config.tied_head
-    )
+    of_layer = 5 if rows == 1 else 7 if config.mlp == "swiglu" else 6  # without up and gate
+    assert len(kernels) == config.num_layers * of_layer + (config.tied_head and rows > 1)
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, 32, (rows, 1 if rows < 3 else 3)))
     for found, expected in zip(scored(form, tokens), scored(model, tokens), strict=True):
         assert found.dtype == jnp.float32
@@ -65,6 +64,7 @@ def test_a_batch_is_generated_with_it_and_a_single_prompt_uses_what_is_there():
     alone = [generate(model, [prompt], 6)[0] for prompt in BATCH]
     [kept] = decoding._KEPT
     assert isinstance(kept.form.unstacked[0].mlp.up, nnx.Param)
+    assert isinstance(kept.form.unstacked[0].mlp.down, TransposedKernel)
     assert generate(model, BATCH, 6) == alone
     assert isinstance(kept.form.unstacked[0].mlp.up, nnx.Param), "a thread may decode with it"
     [kept] = decoding._KEPT
@@ -76,6 +76,19 @@ def test_a_batch_is_generated_with_it_and_a_single_prompt_uses_what_is_there():
     held = model.for_decoding()  # by the caller, who holds one copy of the weights
     generate(held, BATCH, 6)
     assert isinstance(held.unstacked[0].mlp.up, nnx.Param)
+
+
+@pytest.mark.usefixtures("small_counts")
+def test_the_model_of_a_command_is_transposed_for_its_prompts():
+    loaded = dataclasses.replace(rl_tiny.language_model("shallow"), model=made(CONFIG))
+    expected = generate(loaded.model, BATCH, 6)
+    for rows, up, down in ((None, 0, 0), (1, 0, 1), (3, 1, 1)):
+        inference = loaded.for_inference(rows)
+        mlp = inference.model.for_decoding().unstacked[0].mlp
+        kinds = [isinstance(kernel, TransposedKernel) for kernel in (mlp.up, mlp.down)]
+        assert kinds == [up, down]
+        assert generate(inference.model, BATCH, 6) == expected
+        assert inference.for_inference(3).model.unstacked[0].mlp is mlp, "it is the caller's"
 
 
 @pytest.mark.parametrize(("rows", "found"), [(1, "1,40"), (8, "40,8"), (300, "300,40")])
@@ -92,7 +105,7 @@ def test_no_program_copies_a_kernel():
     model = made(CONFIG)
     stack = sum(leaf.nbytes for leaf in jax.tree.leaves(model.blocks))
     form = model.for_decoding()
-    transpose_kernels(form)
+    transpose_kernels(form, batch=True)
     _, loop = temporaries(form, PROMPTS * 3)
     assert loop < stack / 12, "a kernel is copied: one of the MLP is a seventh"
 
@@ -103,7 +116,7 @@ def test_only_large_models_in_float32_on_one_cpu_are_changed(monkeypatch):
     monkeypatch.setattr(transposed, "LEAST_BYTES", 0)
     form = model.for_decoding()
     assert can_transpose(form)
-    transpose_kernels(form)
+    transpose_kernels(form, batch=True)
     assert isinstance(form.unstacked[0].mlp.up, nnx.Param)  # 16,384 elements
     monkeypatch.setattr(transposed, "LEAST_ELEMENTS", 0)
     assert not can_transpose(model)  # stacked

@@ -33,11 +33,19 @@ SMALLEST_CACHE = 64
 
 
 class _DecodingForm(NamedTuple):
-    """Result of a model's `for_decoding`, with the model's structure and arrays as cache key."""
+    """Result of a model's `for_decoding`, with the model's structure and arrays as cache key.
+
+    Attributes:
+        structure: Pytree structure of the model.
+        leaves: Arrays of the model.
+        form: The result, whose large kernels may be transposed.
+        batch: Whether the result is also the form for several rows at a time.
+    """
 
     structure: Any
     leaves: tuple[weakref.ref, ...]
     form: Architecture
+    batch: bool
 
 
 _KEPT: list[_DecodingForm] = []
@@ -313,36 +321,44 @@ def decoding_form(model: Architecture, policy: Policy | None, rows: int = 1) -> 
     Args:
         model: Model to decode with.
         policy: Fork policy in place of the model's own; None for the model's own.
-        rows: Number of rows that are decoded at a time. For more than one, large kernels may be
-            stored transposed (`transpose_kernels`); later calls with one row reuse that form.
+        rows: Number of rows that are decoded at a time, on which it depends which large kernels are
+            stored transposed (`transpose_kernels`). Later calls with one row reuse the form of
+            several rows.
     """
     form = model
     leaves, structure = jax.tree.flatten(model)
     if all(isinstance(leaf, jax.Array) and not isinstance(leaf, Tracer) for leaf in leaves):
-        for kept in _KEPT[:1]:
-            if kept.structure == structure and all(
-                was() is leaf for was, leaf in zip(kept.leaves, leaves, strict=True)
-            ):
-                form = kept.form
-        cached = form is not model
-        if not cached:
+        kept, batch = _kept(leaves, structure), rows > 1
+        if kept is not None and batch <= kept.batch:
+            form = kept.form
+        else:
+            kept = None
             _KEPT.clear()  # first, so that there are never two
             form = model.for_decoding()
-        if rows > 1 and form is not model and type(form) is Thoughtbubbles and can_transpose(form):
-            if cached:  # another thread may decode with that form
-                _KEPT.clear()
-                form, cached = model.for_decoding(), False
-            transpose_kernels(form)
-        if form is not model and not cached:
+        if kept is None and form is not model:
+            if type(form) is Thoughtbubbles and can_transpose(form):
+                transpose_kernels(form, batch)
+            else:
+                batch = True
             were = tuple(weakref.ref(leaf, _forget) for leaf in leaves)
-            _KEPT[:] = [_DecodingForm(structure, were, form)]
+            _KEPT[:] = [_DecodingForm(structure, were, form, batch)]
     return form if policy is None else form.with_policy(policy)
 
 
-def _forget(dead: weakref.ref) -> None:
+def _kept(leaves: list[Any], structure: Any) -> _DecodingForm | None:
+    for kept in _KEPT[:1]:
+        if kept.structure == structure and all(
+            was() is leaf for was, leaf in zip(kept.leaves, leaves, strict=True)
+        ):
+            return kept
+    return None
+
+
+def _forget(dead: weakref.ref, cache: list[_DecodingForm] = _KEPT) -> None:
     """Clear the cached form if the dead array belongs to its model, not to an earlier model."""
-    if any(was is dead for kept in _KEPT[:1] for was in kept.leaves):
-        _KEPT.clear()
+    # The cache is a default, because at the end of Python there are no globals any more.
+    if any(was is dead for kept in cache[:1] for was in kept.leaves):
+        cache.clear()
 
 
 def _bucket(size: int, smallest: int) -> int:

@@ -1,13 +1,15 @@
-"""Large kernels stored transposed, with which a CPU decodes several rows faster.
+"""Large kernels stored transposed, with which a CPU decodes faster.
 
 XLA on a CPU multiplies a few rows by a kernel `[inputs, outputs]` at half of the speed at which the
 kernel could be read from memory. With the kernel as the first operand, `[outputs, inputs]`, and the
-rows as columns, the product is 1.2 to 1.7 times as fast (docs/performance.md).
+rows as columns, the product is 1.2 to 1.7 times as fast. A single row is multiplied faster by a
+transposed kernel if the kernel has no more outputs than inputs (docs/performance.md).
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -66,35 +68,37 @@ def can_transpose(model: Any) -> bool:
     return large and computes_so and all(map(_in_float32_on_one_cpu, arrays))
 
 
-def transpose_kernels(model: Any) -> None:
-    """Replace the large kernels of a model's blocks by transposed ones, in place.
+def transpose_kernels(model: Any, batch: bool) -> None:
+    """Replace large kernels of a model's blocks by transposed ones, in place.
 
-    The model then decodes a batch faster and a single row up to a tenth slower. Results differ by
-    rounding. A tied LM head multiplies the embedding's array, which is transposed already.
+    Results differ by rounding.
 
     Args:
         model: Model that `can_transpose`, for inference, whose blocks no other model shares.
+        batch: Whether to transpose all large kernels, with which several rows are decoded faster
+            and a single row is not. Otherwise only kernels with no more outputs than inputs are
+            transposed, with which a single row is decoded faster.
     """
     for layer, name, kernel in _kernels(model):
         array, inputs = kernel.get_value(), kernel.get_metadata()["inputs"]
-        if array.size >= LEAST_ELEMENTS:
-            matrix = array.reshape(math.prod(array.shape[:inputs]), -1).T
-            setattr(layer, name, nnx.data(TransposedKernel(matrix, array.shape[inputs:], inputs)))
-    if model.head is None and isinstance(model.embed, nnx.Param):
+        matrix = array.reshape(math.prod(array.shape[:inputs]), -1)
+        if array.size >= LEAST_ELEMENTS and (batch or matrix.shape[0] >= matrix.shape[1]):
+            kernel = TransposedKernel(matrix.T, array.shape[inputs:], inputs)
+            setattr(layer, name, nnx.data(kernel))
+    if batch and model.head is None and isinstance(model.embed, nnx.Param):
+        # A tied LM head multiplies the embedding's array, which is transposed already.
         table = model.embed.get_value()
         model.head = nnx.data(TransposedKernel(table, (len(table),)))
 
 
-def _kernels(model: Any) -> list[tuple[Any, str, Any]]:
-    """List the layer, the name and the kernel of each linear layer of the unstacked blocks."""
-    layers = [
-        (getattr(block, part), name)
-        for block in getattr(model, "unstacked", None) or []
-        for part, names in KERNELS.items()
-        for name in names
-    ]
-    found = [(layer, name, getattr(layer, name)) for layer, name in layers]
-    return [(layer, name, kernel) for layer, name, kernel in found if kernel is not None]
+def _kernels(model: Any) -> Iterator[tuple[Any, str, Any]]:
+    """Yield the layer, the name and the kernel of each linear layer of the unstacked blocks."""
+    for block in getattr(model, "unstacked", None) or []:
+        for part, names in KERNELS.items():
+            layer = getattr(block, part)
+            for name in names:
+                if (kernel := getattr(layer, name)) is not None:
+                    yield layer, name, kernel
 
 
 def _in_float32_on_one_cpu(array: Any) -> bool:

@@ -31,6 +31,7 @@ from thoughtbubbles.fields import Fields
 from thoughtbubbles.pretrained import load_pretrained
 from thoughtbubbles.pretrained_tokenizer import PretrainedTokenizer
 from thoughtbubbles.quantisation import quantise
+from thoughtbubbles.transposed import can_transpose, transpose_kernels
 from train.cli.config_json import from_json, model_from_json
 from train.cli.plugins import missing_plugins
 from train.data import DataConfig, Tokenizer, load_tokenizer
@@ -103,14 +104,22 @@ class LanguageModel:
         memgen = self.memgen and self.memgen.with_reasoner(model.backbone())
         return dataclasses.replace(self, model=model, memgen=memgen)
 
-    def for_inference(self) -> Self:
+    def for_inference(self, rows: int | None = None) -> Self:
         """Return this model with its arrays laid out for fast decoding (`for_decoding`).
 
         The arrays may be copies: delete this object, so that memory holds the parameters only once.
+
+        Args:
+            rows: Number of rows that `generate` will decode at a time. Without latent memory, large
+                kernels are stored for it on a CPU (`transpose_kernels`); None leaves them as they
+                are.
         """
         model, memgen = self.model, self.memgen
         if isinstance(model, Thoughtbubbles):
             model = model.for_decoding()
+        own = type(model) is Thoughtbubbles and model is not self.model  # copies of the blocks
+        if rows and own and memgen is None and can_transpose(model):
+            transpose_kernels(model, batch=rows > 1)
         memgen = memgen and memgen.with_reasoner(model.backbone()).for_decoding()
         return dataclasses.replace(self, model=model, memgen=memgen)
 
