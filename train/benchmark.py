@@ -4,12 +4,24 @@ NAME is `step` (training, the default), `selection` (the cost of selecting strea
 pass), `decode` (cached decoding against recomputing the prefix), `first-token` (prefill, with the
 blocks scanned as one stack or unrolled), `hatchling` (training step, prefill and decoding of a
 Dragon Hatchling), `memgen` (the cost of weaving), `rl` (rollouts, updates, and the time saved by
-prefilling a prompt once for all rows) or `accelerator` (the parts of a model on one GPU or TPU).
+prefilling a prompt once for all rows), `accelerator` (the parts of a model on one GPU or TPU), or
+one beside another library: `transformers` (decoding), `nanodo` (a plain train step) or `fork-xla`
+(a train step with forks).
 """
 
 import sys
 
-from train.benchmarks import decoding, first_token, hatchling, memgen, rl, selection, training
+from train.benchmarks import (
+    beside_training,
+    beside_transformers,
+    decoding,
+    first_token,
+    hatchling,
+    memgen,
+    rl,
+    selection,
+    training,
+)
 from train.benchmarks.accelerator import config as accelerator
 from train.cli.command import run_command
 
@@ -22,6 +34,9 @@ COMMANDS = {
     "first-token": (first_token.main, first_token.FirstTokenBenchmark),
     "accelerator": (accelerator.main, accelerator.AcceleratorBenchmark),
     "decode": (decoding.main, decoding.DecodeBenchmark),
+    "transformers": (beside_transformers.main, beside_transformers.TransformersBenchmark),
+    "nanodo": (beside_training.beside_nanodo, beside_training.BesideTraining),
+    "fork-xla": (beside_training.beside_fork_xla, beside_training.ForkXLABenchmark),
 }
 
 

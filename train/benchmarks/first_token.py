@@ -7,33 +7,21 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from thoughtbubbles import ModelConfig, Thoughtbubbles
-from train.benchmarks.models import random_model, random_tokens
+from thoughtbubbles import Thoughtbubbles
+from train.benchmarks.models import SmolLM2Sizes, random_model, random_tokens
 from train.benchmarks.timing import interleaved, ratio, timed
 
 
 @dataclasses.dataclass(frozen=True)
-class FirstTokenBenchmark:
-    """Benchmark of a prefill with random parameters; default sizes are those of SmolLM2-135M.
+class FirstTokenBenchmark(SmolLM2Sizes):
+    """Benchmark of a prefill with random parameters.
 
     Attributes:
-        vocab_size: Number of token ids.
-        embed_dim: Width of the residual streams.
-        num_layers: Number of blocks.
-        num_heads: Number of attention heads of a block.
-        num_kv_heads: Number of key/value heads of a block.
-        mlp_dim: Hidden width of the MLP.
         batch_size: Number of rows per batch.
         prompts: Prompt lengths in tokens; one line is printed for each length.
         repeats: Number of rounds of each measurement; the smallest time is reported.
     """
 
-    vocab_size: int = 49_152
-    embed_dim: int = 576
-    num_layers: int = 30
-    num_heads: int = 9
-    num_kv_heads: int = 3
-    mlp_dim: int = 1536
     batch_size: int = 1
     prompts: tuple[int, ...] = (32, 128, 512)
     repeats: int = 5
@@ -45,13 +33,7 @@ class FirstTokenBenchmark:
 
 def main(config: FirstTokenBenchmark) -> None:
     """Time the prefill with stacked and unrolled blocks; print times and temporary memory."""
-    sizes = {
-        name: getattr(config, name)
-        for name in (
-            "vocab_size", "embed_dim", "num_layers", "num_heads", "num_kv_heads", "mlp_dim"
-        )
-    }  # fmt: skip
-    stacked = random_model(ModelConfig(**sizes, norm="rmsnorm", mlp="swiglu", biases="none"))
+    stacked = random_model(config.model_config())
     models = {"stacked": stacked, "one by one": stacked.for_decoding()}
     print(f"{stacked.config.num_params():,} parameters, batch {config.batch_size}; ms, and "
           "temporaries of the program in MB")  # fmt: skip

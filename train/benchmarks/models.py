@@ -40,6 +40,33 @@ class ModelSizes:
         )
 
 
+@dataclasses.dataclass(frozen=True)
+class SmolLM2Sizes:
+    """Sizes of a plain decoder with random parameters; by default those of SmolLM2-135M.
+
+    Attributes:
+        vocab_size: Number of token ids.
+        embed_dim: Width of the residual streams.
+        num_layers: Number of blocks.
+        num_heads: Number of attention heads of a block.
+        num_kv_heads: Number of key/value heads of a block.
+        mlp_dim: Hidden width of the MLP.
+    """
+
+    vocab_size: int = 49_152
+    embed_dim: int = 576
+    num_layers: int = 30
+    num_heads: int = 9
+    num_kv_heads: int = 3
+    mlp_dim: int = 1536
+
+    def model_config(self) -> ModelConfig:
+        """Return the config of a decoder of these sizes, with RMSNorm and SwiGLU as in Llama."""
+        names = [field.name for field in dataclasses.fields(SmolLM2Sizes)]
+        sizes = {name: getattr(self, name) for name in names}
+        return ModelConfig(**sizes, norm="rmsnorm", mlp="swiglu", biases="none")
+
+
 def random_model(config: ModelConfig) -> Thoughtbubbles:
     """Make a model with random parameters; a model's speed does not depend on their values."""
     return jax.jit(lambda: Thoughtbubbles(config, rngs=nnx.Rngs(0)))()
