@@ -210,7 +210,8 @@ def test_all_forms_of_a_line_say_the_same(tokenizer, tmp_path: Path):
 def test_plain_text_is_not_merged_over_the_end_of_its_prompt(tmp_path: Path):
     tokenizer = letters(None, ("b", "c"))
     file = write(tmp_path / "a.jsonl", {"prompt": "ab", "completion": "ca"})
-    data = prepare_chat(ChatDataConfig((str(file),), str(file), seq_len=9), tokenizer)
+    other = write(tmp_path / "b.jsonl", {"prompt": "a", "completion": "b"})
+    data = prepare_chat(ChatDataConfig((str(file),), str(other), seq_len=9), tokenizer)
     wanted = [*map(tokenizer.id, "abca"), tokenizer.id("<|im_end|>")]
     assert data.train.tokens[0, :5].tolist() == wanted
     assert spans(data.train.loss_mask[0]) == [(2, 5)]
@@ -293,7 +294,8 @@ def test_rows_hold_nothing_behind_the_last_answer_and_nothing_to_guess_unseen(tm
         {"messages": say("q", "r", "what is", "cut")},
         {"messages": silent},
     )
-    data = prepare_chat(ChatDataConfig((str(file),), str(file), seq_len=6), tokenizer)
+    other = write(tmp_path / "b.jsonl", {"messages": say("a", "b")})
+    data = prepare_chat(ChatDataConfig((str(file),), str(other), seq_len=6), tokenizer)
     texts = [tokenizer.decode(tokens) for tokens in data.train.tokens]
     assert texts == ["qr", "ab"] and (data.train.segment[0] >= 0).sum() == 4
     assert spans(data.train.loss_mask[0]) == [(2, 4)]
@@ -331,6 +333,11 @@ def test_copies_stay_together_and_on_their_side(tmp_path: Path):
     fewer = write(tmp_path / "b.jsonl", *lines[:100])
     again = prepare_chat(ChatDataConfig((str(fewer),), seq_len=80), ByteTokenizer())
     assert set(texts_of(again.validation)) <= set(validation)
+    config = ChatDataConfig((str(file),), str(fewer), seq_len=80)
+    apart = prepare_chat(config, ByteTokenizer())
+    train, validation = texts_of(apart.train), texts_of(apart.validation)
+    assert len(train) == 200 and len(validation) == 100 and not set(train) & set(validation)
+    assert apart.note == f"200 conversations of {file} are held out, and not trained on"
 
 
 def test_the_fingerprint_is_of_the_rows(tmp_path: Path):
@@ -491,8 +498,9 @@ def test_a_line_that_is_no_conversation_is_named(line: dict | str, message: str,
     good = {"prompt": "a\u2028b", "completion": "c"}
     raw = json.dumps(good, ensure_ascii=False)
     file = write(tmp_path / "bad.jsonl", raw, "", {"prompt": "d", "completion": "e"}, line)
+    other = write(tmp_path / "other.jsonl", {"prompt": "a", "completion": "b"})
     with pytest.raises(DataError, match=rf"^\S*bad\.jsonl, line 4\b.*{message}") as caught:
-        prepare_chat(ChatDataConfig((str(file),), str(file)), ByteTokenizer())
+        prepare_chat(ChatDataConfig((str(file),), str(other)), ByteTokenizer())
     assert len(str(caught.value).splitlines()) == 1
 
 
@@ -511,6 +519,7 @@ def test_other_mistakes_are_one_line(tmp_path: Path):
     refused("empty has no file of conversations", path=(str(tmp_path / "empty"),))
     refused("nothing.jsonl has 0 distinct", path=(nothing,))
     refused("validation data of .*nothing.jsonl have no", path=(file,), validation_path=nothing)
+    refused("a.jsonl holds out all conversations of", path=(file,), validation_path=file)
     refused("train data of .*a.jsonl have no assistant token.*seq_len=2", path=(file,), seq_len=2)
     refused("seq_len=0", path=(file,), seq_len=0)
     refused("validation=1.0 is not a share", path=(file,), validation=1.0)

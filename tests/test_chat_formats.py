@@ -1,5 +1,6 @@
 """Formats of chat data: what a record says is learned or refused, never dropped."""
 
+import datetime
 import gzip
 import json
 from pathlib import Path
@@ -30,7 +31,7 @@ def turn(role: str, text: str, **more) -> dict:
 @pytest.mark.parametrize(
     ("record", "messages", "in_loss", "tools"),
     [
-        ({"messages": [USER, BOT], "id": 3}, [USER, BOT], [0, 1], []),
+        ({"messages": [USER, BOT], "id": 3, "label": 0}, [USER, BOT], [0, 1], []),
         ({"messages": [USER, BOT, USER, {**LATER, "weight": 0}]}, [USER, BOT, USER, LATER],
          [0, 1, 0, 0], []),
         ({"messages": [USER, {**BOT, "train": False}, USER, {**LATER, "weight": 1}]},
@@ -77,6 +78,8 @@ def test_what_a_record_says(record, messages, in_loss, tools):
         ({"messages": [USER, {**BOT, "weight": 0}]}, "no message of the assistant is to be learne"),
         ({"messages": [USER, BOT], "weight": 0}, 'field "weight" .0. is not supported'),
         ({"messages": [USER, BOT], "train": False}, 'field "train" .false. is not supported'),
+        ({"prompt": "a", "completion": "b", "label": False}, '"label" .false. .* delete the li'),
+        ({"messages": [USER, BOT], "loss_mask": [0, 1]}, 'field "loss_mask" .* take the fie'),
         ({"messages": [USER, BOT], "images": ["a.png"]}, 'field "images" .* take the field out'),
         ({"messages": [USER, BOT], "chosen": "a", "rejected": "b"}, 'field "chosen"'),
         ({"messages": [USER, {**BOT, "content": None}]}, "content of message 2 is null"),
@@ -139,6 +142,8 @@ def test_a_template_that_leaves_something_out_is_refused(hidden, message):
     tokenizer = letters(ALL.replace(hidden, ""))
     with pytest.raises(DataError, match=f"^a: the chat template of letters {message}"):
         Conversation("a", read_chat(RICH, "a")).examples(tokenizer)
+    with pytest.raises(ValueError, match="does not show a tool of message 2 .'7'"):
+        chat_examples(letters(CHATML), [USER, BOT], tools=[{"name": 7}])
     with pytest.raises(DataError, match="a: bytes has no chat template that would show reasoning"):
         Conversation("a", read_chat(RICH, "a")).examples(ByteTokenizer())
 
@@ -168,6 +173,29 @@ def test_files_of_every_kind_hold_the_same(tmp_path: Path):
     assert len({conversation.digest for conversation in folder}) == 2
 
 
+def test_parquet_has_no_fields_of_other_records(tmp_path: Path):
+    """Its objects all have the fields of all; times, which JSON lacks, are texts."""
+    parquet, pyarrow = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow")
+    at = datetime.datetime(2024, 5, 6)
+    calls = [{"name": name, "arguments": {name: 1}} for name in ("look", "walk")]
+    records = [
+        {"messages": [{**USER, "at": at}, {"role": "assistant", "tool_calls": [call]}],
+         "tools": [{"name": call["name"], "parameters": call["arguments"]}]}
+        for call in calls
+    ]  # fmt: skip
+    parquet.write_table(pyarrow.Table.from_pylist(records), tmp_path / "a.parquet")
+    for found, call in zip(read_conversations(str(tmp_path)), calls, strict=True):
+        assert found.chat.messages[0] == {**USER, "at": "2024-05-06 00:00:00"}
+        assert found.chat.messages[1]["tool_calls"] == [call]
+        assert found.chat.tools == [{"name": call["name"], "parameters": call["arguments"]}]
+        assert found.digest and "2024-05-06" in render("{{ messages[0].at }}", found.chat.messages)
+    times = pyarrow.array([2**60], pyarrow.timestamp("us"))  # in a year that Python lacks
+    table = pyarrow.table({"at": times, "question": ["a"], "answer": ["b"]})
+    parquet.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(DataError, match="cannot read .*a.parquet: date value out of range; repair"):
+        list(read_conversations(str(tmp_path)))
+
+
 def test_twins_have_one_digest():
     twin = {"messages": [USER, {**BOT, "content": "it is here  \r\n"}]}
     chats = [read_chat(record, "a") for record in (twin, {"messages": [USER, BOT]})]
@@ -193,6 +221,10 @@ def test_a_thought_that_the_template_opens_is_closed():
     own = [USER, {**BOT, "content": "<think>\nhm\n</think>\n\nit is here"}]
     with pytest.raises(ValueError, match="does not show the thought of message 2 .'hm'"):
         chat_examples(letters(strips), own, close_thoughts=True)
+    # Nor is an empty one put before it, where the white space differs.
+    other = [USER, {**BOT, "content": "<think>hm</think>it is here"}]
+    with pytest.raises(ValueError, match="begins with '<think>hm</think>it ', .*'<think>.n'"):
+        chat_examples(tokenizer, other, close_thoughts=True)
     [whole] = chat_examples(tokenizer, own)
     assert tokenizer.decode(whole.ids[start:]) == tokenizer.decode(
         tokenizer.rendered("hm\n</think>\n\nit is here")

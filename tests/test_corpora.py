@@ -1,6 +1,7 @@
 """Corpora: what belongs to one, on which side each document stands, TFDS names, bad files."""
 
 import dataclasses
+import errno
 import gzip
 import os
 import random
@@ -90,6 +91,21 @@ def test_split_and_order_follow_content_not_names(folder, corpus, tmp_path):
     moved = open_corpus(str(tmp_path), SHARE, tmp_path / "cache")
     for split in ("train", "validation"):
         assert list(moved.documents(split)) == list(corpus.documents(split))
+
+
+def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+    """Nor is it left out unseen, as `os.walk` does."""
+    write_corpus(tmp_path)
+    write_corpus(tmp_path / "closed")
+
+    def scandir(path, read=os.scandir):
+        if Path(path).name == "closed":
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return read(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(DataError, match="cannot read .*closed: Permission denied; move it out"):
+        open_corpus(str(tmp_path), SHARE, tmp_path / "cache")
 
 
 def test_share_of_documents_held_out():

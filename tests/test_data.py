@@ -180,6 +180,22 @@ def test_prepared_data_are_reused_and_edited_folders_are_not(tmp_path, monkeypat
     assert prepare(config).fingerprint != first.fingerprint
 
 
+def test_files_that_change_while_they_are_read_are_not_kept(tmp_path):
+    """Else the fingerprint of the old files would name the new ones for ever."""
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    for number in range(5):
+        (folder / f"{number}.txt").write_text(f"document {number}")
+    corpus = open_corpus(str(folder), 0.2, tmp_path)
+    (folder / "1.txt").write_text("edited")
+    with pytest.raises(DataError, match="corpus changed while they were read"):
+        corpus.documents("train")
+    (folder / "1.txt").write_text("document 1")
+    corpus = open_corpus(str(folder), 0.2, tmp_path)
+    found = [*corpus.documents("train"), *corpus.documents("validation")]
+    assert sorted(found) == [f"document {number}" for number in range(5)]
+
+
 def test_fingerprint_sees_every_choice(data, config):
     same = prepare(replace(config, seed=7))
     others = [prepare(replace(config, seq_len=8)), prepare(replace(config, validation=0.5))]

@@ -25,6 +25,7 @@ from thoughtbubbles.cache import decode_step, init_cache, prefill
 from thoughtbubbles.decoding import generate
 from thoughtbubbles.positions import RopeScaling
 from thoughtbubbles.pretrained import Pretrained, load_pretrained, save_pretrained
+from thoughtbubbles.pretrained_tokenizer import PretrainedTokenizer
 from thoughtbubbles.safetensors_files import SafetensorsFiles
 from train.data.chat_templates import chat_ids, render
 from train.devices.mesh import MeshConfig, make_mesh, state_shardings
@@ -323,6 +324,26 @@ def test_chat_is_rendered_and_read_as_in_transformers():
     assert chat_ids(tokenizer, CHAT) == wanted["chat_ids"].tolist()
     with pytest.raises(ValueError, match="the chat template of .*json fails: no role tool"):
         chat_ids(tokenizer, [{"role": "tool", "content": ""}])
+
+
+def test_special_tokens_behind_a_text_are_left_out_of_prompts():
+    """Generation would go on after an EOS token; the vocabulary has no letters here."""
+    from tokenizers import Tokenizer, models, processors
+
+    made = Tokenizer(models.WordLevel({"<s>": 0, "</s>": 1, "x": 2}))
+    for around, prompt, empty in (("<s> $A </s>", [0, 2], [0]), ("$A </s> </s>", [2], [1])):
+        made.post_processor = processors.TemplateProcessing(
+            single=around, special_tokens=[("<s>", 0), ("</s>", 1)]
+        )
+        found = PretrainedTokenizer(made.to_str(), stop_tokens=["</s>"])
+        assert (found.prompt("x"), found.prompt("")) == (prompt, empty)
+
+
+def test_variables_that_are_not_set_are_those_of_transformers():
+    """There special tokens are left out, but `tools` and `documents` are None."""
+    template = "{{ bos_token }}{{ eos_token ~ tools }}{% if tools is none %}{{ documents }}"
+    text = render(f"{template}{{% endif %}}", CHAT, bos_token=None, eos_token="</s>")
+    assert text == "</s>NoneNone"
 
 
 def test_the_tokenizer_is_one_of_the_trainer():

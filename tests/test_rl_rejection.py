@@ -87,11 +87,14 @@ def test_right_answers_of_a_policy_are_data_for_fine_tuning(tmp_path: Path):
             dataclasses.replace(config, **cast(Any, changes))
 
 
-def test_questions_out_of_knowledge_are_relabelled(tmp_path: Path):
+def test_questions_out_of_knowledge_are_relabelled(tmp_path: Path, monkeypatch, capsys):
     """R-Tuning: by the task, or by a probe; nothing is sampled."""
-    path = tmp_path / "tuned.jsonl"
-    config = RejectionConfig(task="hidden_facts", data="r_tuning", pool=20, out=str(path))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    path = tmp_path / "my data" / "tuned.jsonl"
+    out = "~/my data/tuned.jsonl"
+    config = RejectionConfig(task="hidden_facts", data="r_tuning", pool=20, out=out)
     write_data(config)
+    assert capsys.readouterr().out.endswith(f" thoughtbubbles sft --data.path '{path}'\n")
     task, lines = make_task("hidden_facts", 0), [line.fields for line in read_json_lines(path)]
     expected = {
         problem.uid: (problem.prompt, "?" if problem.kind == "hidden" else problem.answer)
@@ -109,7 +112,9 @@ def test_questions_out_of_knowledge_are_relabelled(tmp_path: Path):
         info = truthful.score(Completion(problem, line["completion"], (), True)).info
         assert info["uncertain" if problem.kind == "hidden" else "accuracy"] == 1
     probe = tmp_path / "probe.jsonl"
-    sums = dataclasses.replace(config, task="arithmetic", pool=3, probe=str(probe), unknown="no")
+    sums = dataclasses.replace(
+        config, task="arithmetic", pool=3, probe="~/probe.jsonl", unknown="no"
+    )
     problems = [make_task("arithmetic", 0).problem("train", index) for index in range(3)]
     counts = [{"uid": one.uid, "correct": at, "samples": 2} for at, one in enumerate(problems)]
     append_lines(probe, [{"probe": {}}, *counts])

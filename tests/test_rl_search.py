@@ -399,10 +399,13 @@ def test_a_run_killed_in_a_search_goes_on_bit_for_bit(tmp_path: Path):
     assert lines[-1]["search/aside"] > 0
 
 
-def test_a_tree_is_exported_and_drawn(tmp_path: Path):
+def test_a_tree_is_exported_and_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
     out = tmp_path / "trees.jsonl"
     out.write_text('{"seed": [7, 0]}\n{"seed": [7, 1], "no')  # of a run that was killed
-    made = search("plain", dataclasses.replace(SEARCH, export=str(out)), valid_vocab_size=ASCII)
+    made = search(
+        "plain", dataclasses.replace(SEARCH, export="~/trees.jsonl"), valid_vocab_size=ASCII
+    )
     before, tree = [json.loads(line) for line in out.read_text().splitlines()]
     assert before == {"seed": [7, 0]}
     nodes = tree["nodes"]

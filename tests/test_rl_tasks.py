@@ -360,11 +360,13 @@ def row(number, answer=None):
     return json.dumps({"question": f"What is {number}?", "answer": text})
 
 
-def test_gsm8k_files(tmp_path):
+def test_gsm8k_files(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
     path = tmp_path / "all.jsonl"
     path.write_text("\n".join(row(n) for n in range(30)) + "\n\n")
     task = make(f"gsm8k:{path}", 0)
     assert task.sizes == {"train": 27, "test": 3} and make(task.name, 5).sizes == task.sizes
+    assert make("gsm8k:~/all.jsonl", 0).sizes == task.sizes
     problems = {s: [task.problem(s, i) for i in range(n)] for s, n in task.sizes.items()}
     assert len({p.uid for split in problems.values() for p in split}) == 30
     problem = problems["test"][0]

@@ -135,9 +135,8 @@ def test_a_token_that_ends_every_text_is_left_out():
     )
     ended = PretrainedTokenizer(ending.to_str(), stop_tokens=[end])
     scorer, plain = Scorer(LanguageModel(lm.model, ended)), Scorer(lm)
-    assert ended.prompt("in")[-1] == ended.separator == tokenizer.id(end)
+    assert ended.prompt("in") == tokenizer.prompt("in") and ended.prompt("") == [ended.separator]
     assert scorer.row("in", " the end") == plain.row("in", " the end")
-    assert scorer.prompt("in") == plain.prompt("in") == tokenizer.prompt("in")
     assert scorer.row("", "the").ids == [ended.separator, *plain.row("", "the").ids[1:]]
 
 

@@ -22,7 +22,7 @@ from memgen import LoRAConfig, MemGenConfig, WeaverConfig, plan_insertions
 from thoughtbubbles import ModelConfig
 from train import evaluate, export, generate, sft
 from train.data import DataConfig
-from train.data.chat_data import ChatDataConfig, one_response_rows, prepare_chat
+from train.data.chat_data import ChatDataConfig, one_response, one_response_rows, prepare_chat
 from train.devices.mesh import MeshConfig, make_mesh, shard_bytes, state_shardings
 from train.engine.config import EvalConfig
 from train.engine.loop import run
@@ -320,6 +320,10 @@ def test_a_weaver_reads_each_response_in_a_row_of_its_own(base, chats):
     first = split.loss_mask[0].argmax()
     assert (split.tokens[0, : first + 1] == rows.tokens[0, : first + 1]).all()
     assert (split.tokens[0, first + 1 :] == -1).all()
+    counted = one_response(dataclasses.replace(plain, train=doubled)).statistics["train"]
+    tokens = (split.tokens >= 0).sum()
+    assert counted == plain.statistics["train"] | {"rows": len(split), "tokens": tokens}
+    assert work.prepare().statistics == plain.statistics, "one response each"
 
 
 def test_a_weavers_loss_is_that_of_its_plan(base, chats):

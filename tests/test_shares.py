@@ -88,6 +88,7 @@ def test_a_category_gets_its_share_and_the_rest_keeps_its_proportions():
         assert weights["math"] + weights["code"] == pytest.approx(share)
         assert weights["code"] == pytest.approx(4 * weights["math"])
         assert weights["web"] == pytest.approx(2.5 * weights["literature"])
+        assert weights == with_share(MIX0, ["math", "code", "math"], share)
 
 
 @pytest.mark.parametrize(

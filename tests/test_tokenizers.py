@@ -242,7 +242,8 @@ def run(monkeypatch, capsys, *arguments) -> tuple[str, str, int]:
 
 def test_command_trains_the_same_tokenizer_twice(corpus, tmp_path, monkeypatch, capsys):
     files = [tmp_path / "one.json", tmp_path / "two.json"]
-    for file in files:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for file in (files[0], "~/two.json"):
         arguments = ["--corpus", corpus, "--vocab-size", 300, "--cache-dir", tmp_path / "cache"]
         out, _, status = run(monkeypatch, capsys, *arguments, "--out", file)
         assert status == 0 and out.count("\n") == 1

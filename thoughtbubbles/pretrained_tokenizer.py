@@ -14,6 +14,8 @@ from thoughtbubbles.fields import Fields, parse_object, read_json, read_text, sh
 
 SEPARATOR = "<|endoftext|>"
 
+_TEXT = 2**32 - 1  # stands for a text among the special tokens around it
+
 _LLAMA3_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
     r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -106,6 +108,10 @@ class PretrainedTokenizer:
         self.eos = next(iter(known), None)
         # Special tokens that the tokenizer adds around a text are added all, or none of them.
         self._wraps = not set(prefix) & set(above)
+        blank = self._tokenizer.encode("", add_special_tokens=False)
+        blank.pad(1, pad_id=_TEXT)  # not a letter, because the vocabulary may have none
+        around = self._tokenizer.post_process(blank).ids
+        self._behind = around[::-1].index(_TEXT) if _TEXT in around else 0
         separators = [*(prefix[:1] if self._wraps else []), SEPARATOR, *known]
         ids = [vocabulary[token] for token in separators if token in vocabulary]
         ids = [id_ for id_ in ids if id_ < self.vocab_size]
@@ -190,12 +196,15 @@ class PretrainedTokenizer:
         )
 
     def prompt(self, text: str) -> list[int]:
-        """Encode a prompt to ids, with the special tokens that the tokenizer adds around a text.
+        """Encode a prompt to ids, with the special tokens that the tokenizer adds before a text.
 
-        A prompt without any ids becomes the separator alone.
+        Those that it adds behind a text, such as EOS, are left out: they would end the text that is
+        to be continued. A prompt without any ids becomes the separator alone.
         """
-        found = self._encoded(self._tokenizer, text, add_special_tokens=self._wraps)
-        return self._known(found.ids) or [self.separator]
+        ids = self._encoded(self._tokenizer, text, add_special_tokens=self._wraps).ids
+        if self._wraps:
+            ids = ids[: len(ids) - self._behind]
+        return self._known(ids) or [self.separator]
 
     def rendered(self, text: str) -> list[int]:
         """Encode a text, such as a rendered chat template, whose special tokens are spelled out."""

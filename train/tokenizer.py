@@ -38,6 +38,7 @@ class TokenizerConfig:
     def __post_init__(self):
         check_least(self, vocab_size=SMALLEST)
         check_rows(DataConfig.seq_len, self.validation, DataConfig.seed)
+        object.__setattr__(self, "out", self.out.expanduser())
 
 
 def run(config: TokenizerConfig) -> str:

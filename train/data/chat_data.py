@@ -34,8 +34,8 @@ class ChatDataConfig:
     or Arrow."""
 
     validation_path: str | None = None
-    """File or folder of held-out conversations; None holds out a fraction of the conversations in
-    path."""
+    """File or folder of held-out conversations, which are not trained on even if path has them too;
+    None holds out a fraction of the conversations in path."""
 
     validation: float = 0.05
     """Fraction of the conversations to hold out if validation_path is None."""
@@ -150,11 +150,12 @@ class ChatData:
         tokenizer: Tokenizer of the rows.
         fingerprint: Hash of the rows and the tokenizer.
         statistics: Mapping from split ("train", "validation") to counts: "conversations", "texts"
-            (one or several per conversation), "tokens", "loss_tokens" (tokens in the loss), "rows",
-            "cut" (truncated texts), and "dropped" (texts without a token in the loss).
+            (one or several per conversation), "tokens" of the rows, "loss_tokens" (tokens in the
+            loss), "rows", "cut" (truncated texts), and "dropped" (texts without a token in the
+            loss).
         name: Paths of the files and folders, as the user wrote them.
-        note: Message for the user: how many files of each folder were read and which were skipped;
-            empty if there are no folders.
+        note: Message for the user: how many files of each folder were read and which were skipped,
+            and how many conversations are in both splits' files; may be empty.
     """
 
     train: ChatRows
@@ -188,7 +189,7 @@ def prepare_chat(config: ChatDataConfig, tokenizer: Tokenizer) -> ChatData:
 
     A text that is too long for a row is truncated, and is dropped if no answer begins before the
     cut. Conversations of equal content are in the same split. The conversations of
-    `validation_path` are held out even if the files in `path` contain them too.
+    `validation_path` are held out, and not trained on even if the files in `path` contain them too.
 
     Args:
         config: Files, row length and packing.
@@ -196,15 +197,25 @@ def prepare_chat(config: ChatDataConfig, tokenizer: Tokenizer) -> ChatData:
 
     Raises:
         DataError: There are no files, a record is not a conversation or does not fit the tokenizer,
-            or a split has no rows.
+            or a split has no rows or no conversation of its own.
     """
     if not config.path:
         raise DataError("no chat data are named: pass --data.path and a JSONL file or a folder")
     name = ", ".join(config.path)
     found = [chat for path in config.path for chat in read_conversations(path)]
+    paths = [*config.path, *filter(None, [config.validation_path])]
+    notes = [f"{path}: {note}" for path in paths if (note := conversation_files(path)[1])]
     if config.validation_path is not None:
         held_out = list(read_conversations(config.validation_path))
-        chosen = {"train": found, "validation": held_out}
+        own = {c.digest for c in held_out}
+        learned = [c for c in found if c.digest not in own]
+        if found and not learned:
+            raise DataError(
+                f"{config.validation_path} holds out all conversations of {name}: name other files"
+            )
+        if both := len(found) - len(learned):
+            notes.append(f"{both:,} conversations of {name} are held out, and not trained on")
+        chosen = {"train": learned, "validation": held_out}
     else:
         train, validation = splits.divide({c.digest for c in found}, config.validation, name)
         sides = {"train": train, "validation": validation}
@@ -218,9 +229,7 @@ def prepare_chat(config: ChatDataConfig, tokenizer: Tokenizer) -> ChatData:
         for field in dataclasses.fields(ChatRows):
             values = getattr(rows[side], field.name)
             identity.update(f"{field.name} {values.shape} ".encode() + values.tobytes())
-    paths = [*config.path, *filter(None, [config.validation_path])]
-    notes = {path: note for path in paths if (note := conversation_files(path)[1])}
-    note = "; ".join(f"{path}: {note}" for path, note in notes.items())
+    note = "; ".join(notes)
     return ChatData(
         rows["train"], rows["validation"], tokenizer, identity.hexdigest(), statistics, name, note
     )
@@ -341,6 +350,16 @@ def pack(lengths: Sequence[int], width: int) -> list[list[int]]:
             bisect.insort(sizes, left)
         by_free.setdefault(left, []).append(row)
     return rows
+
+
+def one_response(data: ChatData) -> ChatData:
+    """Make one row per response in both splits (`one_response_rows`), and count the new rows."""
+    made = {side: one_response_rows(getattr(data, side)) for side in data.statistics}
+    statistics = {
+        side: counts | {"tokens": int(made[side].lengths.sum()), "rows": len(made[side])}
+        for side, counts in data.statistics.items()
+    }
+    return dataclasses.replace(data, **made, statistics=statistics)
 
 
 def one_response_rows(rows: ChatRows) -> ChatRows:

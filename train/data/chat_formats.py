@@ -42,7 +42,7 @@ _SHAREGPT_ROLES = {
 _LOSS = ("weight", "train", "loss")
 _REFUSED = (
     "functions", "function_call", "chat_template_kwargs", "chosen", "rejected", "images", "image",
-    "videos", "audios", *_LOSS,
+    "videos", "audios", "loss_mask", "label", *_LOSS,
 )  # fmt: skip
 
 
@@ -77,8 +77,12 @@ def read_chat(record: Mapping[str, Any], where: str) -> Chat:
     """
     for name in _REFUSED:
         value = record.get(name)
-        if value and not (name in _LOSS and value == 1) or (name in _LOSS and value in (0, False)):
-            way_out = "delete the line" if name in _LOSS else "take the field out"
+        of_line = name in (*_LOSS, "label")
+        refused = bool(value) and not (of_line and value == 1) or (of_line and value in (0, False))
+        if name == "label":  # false marks a bad answer in preference data; others are of a class
+            refused = value is False
+        if refused:
+            way_out = "delete the line" if of_line else "take the field out"
             raise DataError(
                 f'{where}: the field "{name}" ({_shown(value)}) is not supported, and would change '
                 f"what is learned: {way_out}"
@@ -197,7 +201,7 @@ def _message(message: Any, number: int, where: str) -> tuple[dict[str, Any], boo
                 f'{where}: the field "{name}" of message {number} is not supported, and would '
                 "change what is learned: take it out"
             )
-    return found, in_loss
+    return (_plain(found) if found.keys() - {"role", "content"} else found), in_loss
 
 
 def _joined(parts: list[Any], what: str) -> str:
@@ -229,7 +233,12 @@ def _tools(tools: Any, where: str) -> list[Any]:
         tools = _json(tools or "[]", f'{where}: "tools"')
     if not isinstance(tools or [], list):
         raise DataError(f'{where}: "tools" is {_shown(tools)}: give a list of JSON schemas')
-    return tools or []
+    return _plain(tools or [])
+
+
+def _plain(value: Any) -> Any:
+    """Copy a value as JSON, in which times and numbers of Parquet that JSON lacks are texts."""
+    return json.loads(json.dumps(value, default=str))
 
 
 def _json(text: str, what: str) -> Any:

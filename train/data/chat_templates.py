@@ -195,13 +195,19 @@ def chat_examples(
         text = fill(messages=messages[: turn + 1], add_generation_prompt=False)
         opened = re.search(r"<think>\s*$", prompt)
         if opened and not text.startswith(prompt) and text.startswith(prompt[: opened.start()]):
+            begun = text[opened.start() :].lstrip()
+            if begun.startswith("<think>"):  # a second thought would be put before its own
+                raise ValueError(
+                    f"message {turn + 1} begins with {begun[:20]!r}, the chat template of "
+                    f"{tokenizer.name} with {opened[0]!r}: give its thought the same white space"
+                )
             if not close_thoughts:
                 raise ValueError(
                     f"the chat template of {tokenizer.name} opens <think> before message "
                     f"{turn + 1}, and shows it without: pass --data.close-thoughts, which puts an "
                     "empty thought there"
                 )
-            text = f"{prompt}\n</think>\n\n{text[opened.start() :].lstrip()}"
+            text = f"{prompt}\n</think>\n\n{begun}"
         if not text.startswith(prompt):
             raise ValueError(
                 f"the chat template of {tokenizer.name} shows message {turn + 1} otherwise than "
@@ -241,7 +247,7 @@ def _check_shown(
 ) -> None:
     """Raise a ValueError if a template leaves out tools, or a message's tool calls or thinking."""
     parts = [
-        ("a tool", function["name"], prompt)
+        ("a tool", str(function["name"]), prompt)
         for tool in tools
         if isinstance(tool, Mapping)
         and isinstance(function := tool.get("function", tool), Mapping)
@@ -312,13 +318,15 @@ def render(
             model's answer.
         now: Date and time that `strftime_now` formats; None takes the current time.
         source: Name of the template in error messages.
-        variables: Other variables of the template, such as `bos_token` or `tools`.
+        variables: Other variables of the template, such as `bos_token` or `tools`. Those that are
+            None are undefined, except for `tools` and `documents`, which are None by default.
 
     Raises:
         ValueError: The template has a mistake, tries to leave the sandbox, exceeds its limits or
             refuses the messages; or jinja2 is not installed.
     """
-    text = json.dumps({"messages": list(messages), **variables})
+    given = {"messages": list(messages), "tools": None, "documents": None}
+    text = json.dumps(given | {n: value for n, value in variables.items() if value is not None})
     given = json.loads(text)
     moment = now or datetime.datetime.now()
     limits = _limits()  # outside of try: a missing package is no error of the template

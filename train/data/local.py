@@ -7,6 +7,7 @@ import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 
+from train.data.config import DataError
 from train.data.corpus import Split
 from train.data.documents import StoredDocuments, write_documents
 from train.data.storage import build_once
@@ -32,8 +33,7 @@ class LocalCorpus:
     def __init__(self, files: TextFiles, validation: float, cache: Path):
         self.name = files.name
         self._files, self._validation = files, validation
-        identity = f"{FORMAT} {files.fingerprint()} {validation}"
-        self.fingerprint = hashlib.blake2b(identity.encode(), digest_size=16).hexdigest()
+        self.fingerprint = self._identity()
         self._folder = cache / "corpora" / self.fingerprint
 
     @property
@@ -49,6 +49,16 @@ class LocalCorpus:
 
     @functools.cached_property
     def _prepared(self) -> StoredDocuments:
-        build = functools.partial(write_documents, self._files, self._validation)
-        build_once(self._folder, build)
+        build_once(self._folder, self._build)
         return StoredDocuments(self._folder)
+
+    def _build(self, folder: Path) -> None:
+        write_documents(self._files, self._validation, folder)
+        if self._identity() != self.fingerprint:  # else the hash would name other documents
+            raise DataError(
+                f"files of {self.name} changed while they were read: start again when they stay"
+            )
+
+    def _identity(self) -> str:
+        identity = f"{FORMAT} {self._files.fingerprint()} {self._validation}"
+        return hashlib.blake2b(identity.encode(), digest_size=16).hexdigest()

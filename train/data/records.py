@@ -25,8 +25,8 @@ def is_records(name: str) -> bool:
 def read_records(path: Path) -> Iterator[JsonLine]:
     """Yield the records of a file in order, with all fields; few records are in RAM at a time.
 
-    Null values of Arrow and Parquet count as missing fields, because there every record has all
-    columns of the file.
+    Null values of Arrow and Parquet count as missing fields, in nested objects too, because there
+    every record has all columns of the file.
 
     Args:
         path: Path of the file; without a suffix of Parquet or Arrow it is read as JSON Lines.
@@ -41,8 +41,14 @@ def read_records(path: Path) -> Iterator[JsonLine]:
         _, batches = _opened(path, None, stack)
         rows = (row for batch in batches for row in batch.to_pylist())
         for number, row in enumerate(rows, 1):
-            fields = {name: value for name, value in row.items() if value is not None}
-            yield JsonLine(f"{path}, row {number}", number, fields)
+            yield JsonLine(f"{path}, row {number}", number, _without_nulls(row))
+
+
+def _without_nulls(value: Any) -> Any:
+    """Copy objects and lists, without the fields of objects that are null."""
+    if isinstance(value, dict):
+        return {name: _without_nulls(of) for name, of in value.items() if of is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
 def record_texts(path: Path, field: str, encoding: str = "utf-8") -> Iterator[str]:
@@ -97,7 +103,10 @@ def _arrow_errors(path: Path) -> Iterator[None]:
 
     try:
         yield
-    except (OSError, pyarrow.ArrowException, UnicodeDecodeError) as error:
+    except DataError:
+        raise
+    # The last two: text that is not UTF-8, and times that Python lacks.
+    except (OSError, pyarrow.ArrowException, ValueError, OverflowError) as error:
         why = (str(error).splitlines() or [type(error).__name__])[0]
         raise DataError(f"cannot read {path}: {why}; repair it or leave it out") from error
 

@@ -242,10 +242,13 @@ def walk_files(
 
     Returns:
         Paths relative to the folder, sorted.
+
+    Raises:
+        DataError: A folder cannot be read.
     """
     found: list[str] = []
     seen: set[tuple[int, int]] = set()  # a link may lead to a folder that it lies in
-    for folder, folders, files in os.walk(root, followlinks=True):
+    for folder, folders, files in os.walk(root, onerror=_unread, followlinks=True):
         status = os.stat(folder)
         if (status.st_dev, status.st_ino) in seen:
             passed["folders linked twice"] += 1
@@ -263,3 +266,9 @@ def walk_files(
             else:
                 passed["broken links" if path.is_symlink() else "no regular files"] += 1
     return sorted(found)
+
+
+def _unread(error: OSError) -> None:
+    raise DataError(
+        f"cannot read {error.filename}: {error.strerror}; move it out of the corpus"
+    ) from error

@@ -240,7 +240,7 @@ class HarnessModel(LM):
 
     def _prompt(self, context: str, decoding: Decoding) -> list[int]:
         """Encode a context, truncated on the left so that new tokens fit into `max_length`."""
-        ids, longest = self._scorer.prompt(context), self._scorer.max_length
+        ids, longest = self._scorer.encode(context), self._scorer.max_length
         if longest is None:
             return ids
         if decoding.max_new_tokens >= longest:

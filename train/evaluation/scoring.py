@@ -12,8 +12,6 @@ from tqdm import tqdm
 from thoughtbubbles import Architecture
 from thoughtbubbles.decoding import decoding_form
 from thoughtbubbles.prefill import empty_cache, in_blocks, long_cache, read_blocks
-from thoughtbubbles.pretrained_tokenizer import PretrainedTokenizer
-from train.data.chat_templates import common
 from train.models.load import LanguageModel
 from train.models.text_memory import check_text_memory, memory_errors
 
@@ -114,9 +112,9 @@ class Scorer:
         """
         kept = context.rstrip()
         continuation = context[len(kept) :] + continuation
-        before = self.prompt(kept)
+        before = self.encode(kept)
         if kept:
-            ids = before + self.prompt(kept + continuation)[len(before) :]
+            ids = before + self.encode(kept + continuation)[len(before) :]
         else:
             ids = before + self._lm.tokenizer.encode(continuation)[0].tolist()
         new = len(ids) - len(before)
@@ -139,7 +137,7 @@ class Scorer:
         token is scored once. The last window begins early enough to be full. An empty text has
         log-probability 0.
         """
-        before = self.prompt("")
+        before = self.encode("")
         rows, counts = [], []
         for text in texts:
             ids = [*before, *self._lm.tokenizer.encode(text)[0].tolist()]
@@ -148,19 +146,6 @@ class Scorer:
             counts.append(len(windows))
         scores = iter(self.score(rows))
         return [_sum([next(scores) for _ in range(count)]) for count in counts]
-
-    def prompt(self, text: str) -> list[int]:
-        """Encode a text to be continued: without special tokens behind it, such as an EOS token."""
-        ids = self.encode(text)
-        return ids[: len(ids) - self._behind] or ids
-
-    @functools.cached_property
-    def _behind(self) -> int:
-        """Number of special tokens that the tokenizer adds behind every text."""
-        if not isinstance(self._lm.tokenizer, PretrainedTokenizer):
-            return 0
-        one, other = (self.encode(letter)[::-1] for letter in "ab")
-        return 0 if one == other else common(one, other)
 
     def score(self, rows: Sequence[Row]) -> list[Score]:
         """Score the ids `row.ids[row.start:]` of each row."""

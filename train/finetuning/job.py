@@ -18,7 +18,7 @@ from train.data.chat_data import (
     ChatData,
     ChatDataConfig,
     ChatReader,
-    one_response_rows,
+    one_response,
     prepare_chat,
 )
 from train.devices.mesh import (
@@ -210,13 +210,7 @@ class SFTJob:
 
     def prepare(self) -> ChatData:
         data = prepare_chat(self.config.data, self._lm.tokenizer)
-        if self.config.train != "weaver":
-            return data
-        return dataclasses.replace(
-            data,
-            train=one_response_rows(data.train),
-            validation=one_response_rows(data.validation),
-        )
+        return one_response(data) if self.config.train == "weaver" else data
 
     def reader(self, data: ChatData, local_rows: np.ndarray | None) -> ChatReader:
         return ChatReader(data.train, self.config.batch_size, self.config.data.seed, local_rows)

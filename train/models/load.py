@@ -234,7 +234,7 @@ def load_run_adapter(
             f"{path} trained {config.get('train', 'all')!r}, not a LoRA adapter: leave "
             "--adapter-only out"
         )
-    lora = lora_from_json(config.get("lora"))
+    lora = from_json(LoRAConfig, config.get("lora"), "lora")
     adapter = {}
     for name, sides in params["adapter"].items():
         a, b = jnp.asarray(sides["a"]), jnp.asarray(sides["b"])
@@ -411,16 +411,19 @@ def finetuned_model(
             f"this run was trained with frozen weights {meta.get('base')}, {weights} holds "
             f"{now}: put the weights that it began with there"
         )
-    shape = memgen_from_json(config.get("memgen")) if woven is None else woven.config
+    shape = (
+        from_json(MemGenConfig, config.get("memgen"), "memgen") if woven is None else woven.config
+    )
     boundary = boundaries_for(lm, train, fields.text("boundaries"))
     if woven is not None:
         boundary = np.asarray(woven.boundary[...])
         if train == "trigger" and shape.trigger is None:
-            shape = dataclasses.replace(shape, trigger=trigger_from_json(config.get("trigger")))
+            trigger = from_json(TriggerConfig, config.get("trigger"), "trigger")
+            shape = dataclasses.replace(shape, trigger=trigger)
     finetunable = FinetunableModel(
         lm.model,
         train,
-        lora=lora_from_json(config.get("lora")),
+        lora=from_json(LoRAConfig, config.get("lora"), "lora"),
         memgen=shape,
         boundary=boundary,
         rngs=nnx.Rngs(0),
@@ -440,18 +443,3 @@ def trained_before(woven: MemGen, around: MemGen) -> MemGen:
     """Return `around` with the parameters of the weaver of `woven`, and of its trigger, if any."""
     kind = WeaverParam if woven.trigger is None else nnx.Any(WeaverParam, TriggerParam)
     return load_trained(around, nnx.to_pure_dict(nnx.state(woven, kind)), kind)
-
-
-def lora_from_json(fields: Any) -> LoRAConfig:
-    """Parse a LoRAConfig from the JSON fields that `as_json` wrote."""
-    return from_json(LoRAConfig, fields, "lora")
-
-
-def trigger_from_json(fields: Any) -> TriggerConfig:
-    """Parse a TriggerConfig from the JSON fields that `as_json` wrote."""
-    return from_json(TriggerConfig, fields, "trigger")
-
-
-def memgen_from_json(fields: Any) -> MemGenConfig:
-    """Parse a MemGenConfig from the JSON fields that `as_json` wrote."""
-    return from_json(MemGenConfig, fields, "memgen")

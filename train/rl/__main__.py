@@ -1,5 +1,7 @@
 """Reinforcement learning: python -m train.rl --weights runs/sft --task arithmetic --method grpo"""
 
+import shlex
+
 import jax
 
 from train.cli.command import run_command
@@ -32,8 +34,8 @@ def main(config: RLConfig) -> None:
         if main_process:
             chat = "--chat " if config.chat else ""
             print(
-                f"thoughtbubbles generate --checkpoint {config.out} {chat}--prompt '...'"
-                f"{plugin_options(config.plugin)}"
+                f"thoughtbubbles generate --checkpoint {shlex.quote(config.out)} {chat}"
+                f"--prompt '...'{plugin_options(config.plugin)}"
             )
 
 

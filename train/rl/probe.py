@@ -5,6 +5,7 @@ The knowledge-enhanced reward of TruthRL reads the file that this command writes
 """
 
 import dataclasses
+import os
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,7 @@ class ProbeConfig:
             )
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p={self.top_p}: choose more than 0 and at most 1")
+        object.__setattr__(self, "out", os.path.expanduser(self.out))
 
     @property
     def reward(self) -> Any:

@@ -8,6 +8,7 @@ rejection.jsonl` trains on the data of either method.
 import contextlib
 import dataclasses
 import json
+import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -129,7 +130,8 @@ def main(config: RejectionConfig) -> None:
             print("these weights have a chat template, which sft uses: pass --chat to sample in it")
         lines = accepted(config, job)
     kept = save(config.out, lines)
-    print(f"{config.out}: {kept} conversations: thoughtbubbles sft --data.path {config.out}")
+    command = f"thoughtbubbles sft --data.path {shlex.quote(config.out)}"
+    print(f"{config.out}: {kept} conversations: {command}")
 
 
 def save(path: str, lines: Iterable[Line]) -> int:

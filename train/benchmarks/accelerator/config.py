@@ -58,7 +58,7 @@ def main(config: AcceleratorBenchmark) -> None:
         ValueError: An option or the file of runs has a mistake, or a result file is damaged or of
             other sizes.
     """
-    folder = Path(config.out)
+    folder = Path(config.out).expanduser()
     if config.table:
         print(tables(folder, PARTS))
         return

@@ -243,7 +243,7 @@ class TreeSearch(TreeSearchOptions, RolloutStrategy):
         searches = searcher.run(groups, problems, list(counts.values()))
         self._add(searcher.counts)
         if self.export and searches and jax.process_index() == 0:
-            append_tree(Path(self.export), visit.seed, searches[0], self.formatter)
+            append_tree(Path(self.export).expanduser(), visit.seed, searches[0], self.formatter)
         return {search.group: searcher.trajectories(search) for search in searches}
 
     def _is_hard(self, rows: Sequence[Trajectory]) -> bool:

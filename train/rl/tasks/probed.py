@@ -36,7 +36,7 @@ def read_probe(path: str | Path) -> tuple[dict[str, Any], list[Probed]]:
     Raises:
         ValueError: The file does not exist, or was not written by `thoughtbubbles probe`.
     """
-    file = Path(path)
+    file = Path(path).expanduser()
     if not file.is_file():
         raise ValueError(f"probe {path}: no such file: make it with `thoughtbubbles probe`")
     lines = [line.fields for line in read_json_lines(file)]

@@ -72,7 +72,7 @@ class WordProblems:
         return self._problems[split][index]
 
     def _read(self) -> dict[Split, list[Problem]]:
-        path = Path(self.path)
+        path = Path(self.path).expanduser()
         if path.is_dir():
             train, test = self._file(path / "train.jsonl"), self._file(path / "test.jsonl")
             both = {problem.prompt for problem in train} & {problem.prompt for problem in test}
