@@ -338,6 +338,9 @@ def test_copies_stay_together_and_on_their_side(tmp_path: Path):
     train, validation = texts_of(apart.train), texts_of(apart.validation)
     assert len(train) == 200 and len(validation) == 100 and not set(train) & set(validation)
     assert apart.note == f"200 conversations of {file} are held out, and not trained on"
+    same = prepare_chat(ChatDataConfig((str(fewer),), str(fewer), seq_len=80), ByteTokenizer())
+    assert set(texts_of(same.train)) == set(texts_of(same.validation))
+    assert same.note == f"all conversations of {fewer} are trained on and held out"
 
 
 def test_the_fingerprint_is_of_the_rows(tmp_path: Path):
@@ -519,7 +522,6 @@ def test_other_mistakes_are_one_line(tmp_path: Path):
     refused("empty has no file of conversations", path=(str(tmp_path / "empty"),))
     refused("nothing.jsonl has 0 distinct", path=(nothing,))
     refused("validation data of .*nothing.jsonl have no", path=(file,), validation_path=nothing)
-    refused("a.jsonl holds out all conversations of", path=(file,), validation_path=file)
     refused("train data of .*a.jsonl have no assistant token.*seq_len=2", path=(file,), seq_len=2)
     refused("seq_len=0", path=(file,), seq_len=0)
     refused("validation=1.0 is not a share", path=(file,), validation=1.0)

@@ -16,7 +16,15 @@ from train import generate
 from train.cli import main as entry
 from train.cli.command import run_command
 from train.cli.plugins import join_plugins, load_plugins, missing_plugins
-from train.list_runs import RunsConfig, draw_below, main, read_run, run_folders, sparkline
+from train.list_runs import (
+    RunsConfig,
+    draw_below,
+    main,
+    read_run,
+    read_runs,
+    run_folders,
+    sparkline,
+)
 
 
 def test_every_command_is_there_and_every_experiment_is_listed():
@@ -119,14 +127,16 @@ def test_a_metric_that_no_run_has_is_one_line(folder):
     main(RunsConfig((str(folder),), metric="fork_1/score_histogram"))  # a list is no curve
 
 
-def test_run_folders_and_mistakes(folder):
+def test_run_folders_and_mistakes(folder, capsys):
     assert run_folders([str(folder / "b"), str(folder)]) == [folder / name for name in "babc"]
     with pytest.raises(ValueError, match="no folder is given"):
         run_folders([])
     for text in (b"[1]", b"{", b"\xff"):
         (folder / "b" / "config.json").write_bytes(text)
         with pytest.raises(ValueError, match="b/config.json is no config of a run"):
-            main(RunsConfig((str(folder),)))
+            main(RunsConfig((str(folder / "b"), str(folder))))
+    assert [run.folder.name for run in read_runs([str(folder)])] == ["a", "c"]
+    assert "b/config.json is no config of a run" in capsys.readouterr().err
     with pytest.raises(ValueError, match="curves.txt: choose a name that ends in .png"):
         main(RunsConfig((str(folder),), figure=str(folder / "curves.txt")))
 

@@ -311,7 +311,8 @@ def test_hidden_facts_are_not_in_the_prompt():
         ("\\frac{\\sqrt{3}}{2}", None), ("x^{2}", None), ("10^{-3}", None), ("5 cm^{2}", "5"),
         ("5 \\text{ cm}^2", "5"), ("so $18\\%$.", "18"), ("$\\$18$", "18"), ("$-\\$5$", "-5"),
         ("$x=18\\%$", "18"), ("$$18$$", "18"), ("$90^\\circ$", "90"), ("is 2³", None),
-        ("...5", "5"), ("3 dozens", None), ("about 5 millions.", None),
+        ("18 $", "18"), ("5 CO₂", "5"), ("...5", "5"), ("3 dozens", None),
+        ("about 5 millions.", None),
     ],
 )  # fmt: skip
 def test_final_numbers(text, number):

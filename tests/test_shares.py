@@ -89,6 +89,8 @@ def test_a_category_gets_its_share_and_the_rest_keeps_its_proportions():
         assert weights["code"] == pytest.approx(4 * weights["math"])
         assert weights["web"] == pytest.approx(2.5 * weights["literature"])
         assert weights == with_share(MIX0, ["math", "code", "math"], share)
+    tiny = with_share({"a": 1.0, "b": 1e-17}, ["a"], 0.5)  # too little to change the sum
+    assert tiny == {"a": 0.5, "b": 0.5}
 
 
 @pytest.mark.parametrize(

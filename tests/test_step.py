@@ -283,7 +283,9 @@ def test_schedules():
     assert [float(wsd(s)) for s in (0, 10, 50, 80, 90, 100)] == pytest.approx([0, 1, 1, 1, 0.5, 0])
     for schedule in ("cosine", "wsd"):
         at_once = OptimizerConfig(learning_rate=1.0, schedule=schedule, warmup=0.0)
-        assert make_schedule(at_once, 3)(0) == 1
+        rates = [float(make_schedule(at_once, 10)(step)) for step in (0, 5, 10)]
+        middle = 0.55 if schedule == "cosine" else 1
+        assert rates == pytest.approx([1, middle, 0.1])
     with pytest.raises(ValueError, match="warmup=0.6 and decay=0.5 exceed the run"):
         OptimizerConfig(schedule="wsd", warmup=0.6, decay=0.5)
     unknown: Any = {"schedule": "constant"}

@@ -5,6 +5,7 @@ import glob
 import json
 import math
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -78,7 +79,7 @@ def main(config: RunsConfig) -> None:
     """Print a table and the curves of the runs, and save `config.figure` if it is given."""
     if config.figure:
         check_figure(Path(config.figure))
-    runs = [read_run(folder) for folder in run_folders(config.folders)]
+    runs = read_runs(config.folders)
     known = sorted({name for run in runs for line in run.metrics for name in line} - {"step"})
     chosen = metrics_of(config.metric, known)
     if known and not chosen:
@@ -128,6 +129,27 @@ def run_folders(given: Sequence[str]) -> list[Path]:
             raise ValueError(f"{path} holds no run (config.json): name the --out of a run")
         found += runs
     return found
+
+
+def read_runs(given: Sequence[str]) -> list[Run]:
+    """Read the runs of `run_folders`; a damaged run that is not in `given` is left out with a note.
+
+    Raises:
+        ValueError: `run_folders` raises one, a run in `given` is damaged, or all are.
+    """
+    named, runs, damaged = [Path(name).expanduser() for name in given], [], []
+    for folder in run_folders(given):
+        try:
+            runs.append(read_run(folder))
+        except ValueError as error:
+            if folder in named:
+                raise
+            damaged.append(error)
+    if damaged and not runs:
+        raise damaged[0]
+    for error in damaged:
+        print(f"note: {error}", file=sys.stderr)
+    return runs
 
 
 def read_run(folder: Path) -> Run:

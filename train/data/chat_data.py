@@ -34,8 +34,8 @@ class ChatDataConfig:
     or Arrow."""
 
     validation_path: str | None = None
-    """File or folder of held-out conversations, which are not trained on even if path has them too;
-    None holds out a fraction of the conversations in path."""
+    """File or folder of held-out conversations, which are not trained on even if path has them too,
+    unless it has no others; None holds out a fraction of the conversations in path."""
 
     validation: float = 0.05
     """Fraction of the conversations to hold out if validation_path is None."""
@@ -189,7 +189,8 @@ def prepare_chat(config: ChatDataConfig, tokenizer: Tokenizer) -> ChatData:
 
     A text that is too long for a row is truncated, and is dropped if no answer begins before the
     cut. Conversations of equal content are in the same split. The conversations of
-    `validation_path` are held out, and not trained on even if the files in `path` contain them too.
+    `validation_path` are held out, and not trained on even if the files in `path` contain them too,
+    unless those contain no others.
 
     Args:
         config: Files, row length and packing.
@@ -197,7 +198,7 @@ def prepare_chat(config: ChatDataConfig, tokenizer: Tokenizer) -> ChatData:
 
     Raises:
         DataError: There are no files, a record is not a conversation or does not fit the tokenizer,
-            or a split has no rows or no conversation of its own.
+            or a split has no rows.
     """
     if not config.path:
         raise DataError("no chat data are named: pass --data.path and a JSONL file or a folder")
@@ -209,11 +210,10 @@ def prepare_chat(config: ChatDataConfig, tokenizer: Tokenizer) -> ChatData:
         held_out = list(read_conversations(config.validation_path))
         own = {c.digest for c in held_out}
         learned = [c for c in found if c.digest not in own]
-        if found and not learned:
-            raise DataError(
-                f"{config.validation_path} holds out all conversations of {name}: name other files"
-            )
-        if both := len(found) - len(learned):
+        if found and not learned:  # to see whether a model can learn them at all
+            learned = found
+            notes.append(f"all conversations of {name} are trained on and held out")
+        elif both := len(found) - len(learned):
             notes.append(f"{both:,} conversations of {name} are held out, and not trained on")
         chosen = {"train": learned, "validation": held_out}
     else:

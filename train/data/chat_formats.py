@@ -79,8 +79,8 @@ def read_chat(record: Mapping[str, Any], where: str) -> Chat:
         value = record.get(name)
         of_line = name in (*_LOSS, "label")
         refused = bool(value) and not (of_line and value == 1) or (of_line and value in (0, False))
-        if name == "label":  # false marks a bad answer in preference data; others are of a class
-            refused = value is False
+        if name == "label":  # of a completion: whether it is good; otherwise of a class
+            refused = "completion" in record and value in (0, False)
         if refused:
             way_out = "delete the line" if of_line else "take the field out"
             raise DataError(
@@ -237,8 +237,14 @@ def _tools(tools: Any, where: str) -> list[Any]:
 
 
 def _plain(value: Any) -> Any:
-    """Copy a value as JSON, in which times and numbers of Parquet that JSON lacks are texts."""
-    return json.loads(json.dumps(value, default=str))
+    """Copy a value as JSON, in which times and decimal numbers of Parquet are texts."""
+    return json.loads(json.dumps(value, default=_no_bytes))
+
+
+def _no_bytes(value: Any) -> str:
+    if isinstance(value, bytes):
+        raise DataError(f"a field of bytes ({value[:20]!r}) is no text: leave it out")
+    return str(value)
 
 
 def _json(text: str, what: str) -> Any:

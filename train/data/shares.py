@@ -132,10 +132,8 @@ def with_share(
     if not 0 <= share <= 1:
         raise DataError(f"a share of {share:g} of {', '.join(category)}: choose 0 to 1")
     inside = sum(weights[name] for name in dict.fromkeys(category))
-    outside = sum(weights.values()) - inside
-    # Rounding may keep the difference from 0.
-    others = any(weight for name, weight in weights.items() if name not in category)
-    if (share > 0 and not inside) or (share < 1 and not others):
+    outside = sum(weight for name, weight in weights.items() if name not in category)
+    if (share > 0 and not inside) or (share < 1 and not outside):
         raise DataError(
             f"a share of {share:g} of {', '.join(category)}: sources that would make it up have "
             "weight 0, so there is no proportion to keep"

@@ -244,11 +244,17 @@ def walk_files(
         Paths relative to the folder, sorted.
 
     Raises:
-        DataError: A folder cannot be read.
+        DataError: The folder cannot be read.
     """
+
+    def unread(error: OSError) -> None:
+        if Path(error.filename) == root:
+            raise DataError(f"cannot read {root}: {error.strerror}") from error
+        passed["folders that cannot be read"] += 1
+
     found: list[str] = []
     seen: set[tuple[int, int]] = set()  # a link may lead to a folder that it lies in
-    for folder, folders, files in os.walk(root, onerror=_unread, followlinks=True):
+    for folder, folders, files in os.walk(root, onerror=unread, followlinks=True):
         status = os.stat(folder)
         if (status.st_dev, status.st_ino) in seen:
             passed["folders linked twice"] += 1
@@ -266,9 +272,3 @@ def walk_files(
             else:
                 passed["broken links" if path.is_symlink() else "no regular files"] += 1
     return sorted(found)
-
-
-def _unread(error: OSError) -> None:
-    raise DataError(
-        f"cannot read {error.filename}: {error.strerror}; move it out of the corpus"
-    ) from error

@@ -54,8 +54,9 @@ class LoopConfig:
         log_every: Number of steps between lines of metrics.
         save_every: Number of steps between checkpoints.
         keep: Number of newest checkpoints to keep.
-        keep_every: Number of steps between checkpoints that are never deleted, a multiple or a
-            divisor of save_every; by default old checkpoints are deleted.
+        keep_every: Number of steps at whose multiples checkpoints are never deleted; only steps
+            that are multiples of save_every too have a checkpoint. By default old checkpoints are
+            deleted.
         attention: Implementation of attention; "auto" chooses an implementation for the devices.
         profile: First and last step recorded with jax's profiler, e.g. "10:20"; "" records none.
         peak_tflops: Peak speed of one device in TFLOP/s, for the MFU (model FLOPs utilisation); by
@@ -90,12 +91,6 @@ class LoopConfig:
                 raise ValueError(f"{name}={getattr(self, name)} is below 1")
         if self.keep_every is not None and self.keep_every < 1:
             raise ValueError(f"keep_every={self.keep_every} is below 1")
-        kept = self.keep_every or 1
-        if kept % self.save_every and self.save_every % kept:
-            raise ValueError(
-                f"keep_every={kept}: no checkpoint is saved at that step, save_every="
-                f"{self.save_every}: choose a multiple or a divisor of it"
-            )
         if self.peak_tflops is not None and not 0 < self.peak_tflops < math.inf:
             raise ValueError(f"peak_tflops={self.peak_tflops} is not positive and finite")
         if parse_window(self.profile)[0] > self.steps:

@@ -11,7 +11,8 @@ from train.data.json_lines import read_json_lines
 from train.rl.environments.bm25 import BM25Index, words_of
 from train.rl.environments.questions import QuestionWithTools
 from train.rl.environments.tools import SearchTool
-from train.rl.problems import at_least, at_most
+from train.rl.problems import at_least, at_most, digest
+from train.rl.types import Problem
 
 _CONSONANTS, _VOWELS = "bdfgklmnprstvz", "aeiou"
 
@@ -74,6 +75,10 @@ class SearchQA(QuestionWithTools):
     def split_key(self, drawn: tuple[Any, ...]) -> str:
         question = drawn[0][0]
         return super().split_key(([question, self.__dict__["_first"][question]],))
+
+    def made(self, drawn: tuple[Any, ...]) -> Problem:
+        uid = f"{self.word}-{digest(super().split_key(drawn)):016x}"  # not of all of its answers
+        return dataclasses.replace(super().made(drawn), uid=uid)
 
     def _answered(self, game: Any, said: str) -> Any:
         if _plain(said) == _plain(game.answer):

@@ -11,8 +11,8 @@ _LONGEST = 100  # characters of a number; Python refuses integers of some thousa
 _SPACES = " \u00a0\u2009\u202f"
 _DIGITS = r"(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]{1,3}(?:['\u2019][0-9]{3})+|[0-9]+)"
 _DECIMAL = rf"(?:{_DIGITS}(?:\.[0-9]*)?|\.[0-9]+)"
-_LETTER = r"[^\W\d_¹²³\u2070-\u209c]"  # \w has raised and lowered digits too
-_UNIT = rf"(?:(?:[kcm]?m|ft|in)\^?[23]|{_LETTER}+[²³]?)"
+# \w has raised and lowered digits too: 10³ is no 10, but 5 CO₂ are 5.
+_UNIT = r"(?:(?:[kcm]?m|ft|in)\^?[23]|[^\W\d_¹²³\u2070-\u209c][^\W\d_]*)"
 _NUMBER = re.compile(
     r"(?P<sign>[-+]?)[$€£¥]?(?P<inner>[-+]?)"
     rf"(?:(?P<mixed>{_DIGITS})&)?(?P<top>{_DECIMAL})(?:/(?P<bottom>{_DECIMAL}))?"
@@ -131,7 +131,7 @@ def _has_number(word: str) -> bool:
 
 
 def _stripped(word: str) -> str:
-    word = word.rstrip(_OUTSIDE + "$")
+    word = word.rstrip(f"{_OUTSIDE}$ \t\n")
     begin = word.lstrip(_OUTSIDE)
     before = word[: -len(begin)]
     if before.endswith(".") and not before.endswith(".."):  # one point belongs to a decimal
