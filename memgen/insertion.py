@@ -136,7 +136,7 @@ def check_replay(
             f"texts of {tokens.shape[1]} tokens do not fit into max_tokens={max_tokens}: raise it"
         )
     check_plan(plan, tokens, latents.shape[2])
-    if latents.shape[1] != plan.point.shape[1]:
+    if latents.shape[1] < plan.point.shape[1]:
         raise ValueError(
             f"latents of {latents.shape[1]} events for a plan of {plan.point.shape[1]}: give those "
             "of each event of the plan"

@@ -74,12 +74,12 @@ def embed(decoder: Any, tokens: AnyArray) -> jax.Array:
 
     Args:
         decoder: A `DecoderBackbone`.
-        tokens: Token ids of any shape.
+        tokens: Token ids of any shape; negative ids, such as -1 of padding, are read as 0.
 
     Returns:
         Vectors, `[*tokens.shape, D]`.
     """
-    tokens = jnp.asarray(tokens)
+    tokens = jnp.maximum(jnp.asarray(tokens), 0)
     here = jax.typeof(tokens).sharding
     if not here.mesh.explicit_axes:
         return decoder.embed_tokens(tokens)

@@ -371,7 +371,9 @@ def test_a_part_that_dies_leaves_the_others(tmp_path: Path, capsys, monkeypatch)
     monkeypatch.setenv("XLA_CLIENT_MEM_FRACTION", "0.5")
 
     def run(command, env, **_):
-        ran.append(json.loads(command[-1])["name"])
+        given = json.loads(command[-1])
+        assert given["retry"] == (given["name"] not in ran), "once a command"
+        ran.append(given["name"])
         assert env["XLA_CLIENT_MEM_FRACTION"] == "0.5"
         assert "XLA_PYTHON_CLIENT_MEM_FRACTION" not in env  # jax refuses both
         return subprocess.CompletedProcess(command, next(statuses))

@@ -102,6 +102,8 @@ def test_lengths_are_those_of_the_rows():
     listed: Any = [3, 16]  # as ids may be
     session = begin(made, tokens, listed, keys, 32)
     assert session.count.tolist() == [3, 16]
+    padded = begin(made, tokens.at[0, 3:].set(-1), listed, keys, 32)
+    np.testing.assert_array_equal(padded.reasoner.hidden, session.reasoner.hidden)
     wrong: Any = (
         ([3, 17], "length 17 of row 1, which has 16 tokens: choose from 0 to 16"),
         (np.array([-1, 2]), "length -1 of row 0"),

@@ -39,13 +39,13 @@ class _DecodingForm(NamedTuple):
         structure: Pytree structure of the model.
         leaves: Arrays of the model.
         form: The result, whose large kernels may be transposed.
-        batch: Whether the result is also the form for several rows at a time.
+        level: 0 for kernels as they are, 1 for the form of one row, 2 for that of several rows.
     """
 
     structure: Any
     leaves: tuple[weakref.ref, ...]
     form: Architecture
-    batch: bool
+    level: int
 
 
 _KEPT: list[_DecodingForm] = []
@@ -262,12 +262,13 @@ def _row_keys(seed: int, prompts: list[tuple[int, ...]]) -> jax.Array:
         raise ValueError(f"seed={seed!r}: give a whole number")
     if not -(2**63) <= seed < 2**63:
         raise ValueError(f"seed={seed}: choose a number of at most 64 bits")
-    seen: Counter[tuple[int, ...]] = Counter()
+    rows = [np.array(prompt, np.int32).tobytes() for prompt in prompts]
+    seen: Counter[bytes] = Counter()
     repeats = []
-    for prompt in prompts:
-        repeats.append(seen[prompt])
-        seen[prompt] += 1
-    hashes = [zlib.crc32(np.array(prompt, np.int32).tobytes()) for prompt in prompts]
+    for row in rows:
+        repeats.append(seen[row])
+        seen[row] += 1
+    hashes = [zlib.crc32(row) for row in rows]
     fold = jax.vmap(jax.random.fold_in)
     base = jnp.broadcast_to(jax.random.key(seed), (len(prompts),))
     return fold(fold(base, jnp.array(hashes, jnp.uint32)), jnp.array(repeats, jnp.uint32))
@@ -312,7 +313,9 @@ def _decode(model, prompts, request, read_all, progress=None) -> tuple[list[list
     return _texts(prompts, new, count), cache
 
 
-def decoding_form(model: Architecture, policy: Policy | None, rows: int = 1) -> Architecture:
+def decoding_form(
+    model: Architecture, policy: Policy | None, rows: int | None = None
+) -> Architecture:
     """Return `model.for_decoding()` with a fork policy, cached for the latest model.
 
     A call with a model of the same JAX arrays reuses the cached result. For a model with NumPy
@@ -322,26 +325,26 @@ def decoding_form(model: Architecture, policy: Policy | None, rows: int = 1) -> 
         model: Model to decode with.
         policy: Fork policy in place of the model's own; None for the model's own.
         rows: Number of rows that are decoded at a time, on which it depends which large kernels are
-            stored transposed (`transpose_kernels`). Later calls with one row reuse the form of
-            several rows.
+            stored transposed (`transpose_kernels`); None for long blocks of tokens, for which none
+            needs to be. Later calls with fewer rows reuse the form of several rows.
     """
     form = model
     leaves, structure = jax.tree.flatten(model)
     if all(isinstance(leaf, jax.Array) and not isinstance(leaf, Tracer) for leaf in leaves):
-        kept, batch = _kept(leaves, structure), rows > 1
-        if kept is not None and batch <= kept.batch:
+        kept, level = _kept(leaves, structure), 0 if rows is None else min(rows, 2)
+        if kept is not None and level <= kept.level:
             form = kept.form
         else:
             kept = None
             _KEPT.clear()  # first, so that there are never two
             form = model.for_decoding()
         if kept is None and form is not model:
-            if type(form) is Thoughtbubbles and can_transpose(form):
-                transpose_kernels(form, batch)
-            else:
-                batch = True
+            if type(form) is not Thoughtbubbles or not can_transpose(form):
+                level = 2
+            elif level:
+                transpose_kernels(form, batch=level > 1)
             were = tuple(weakref.ref(leaf, _forget) for leaf in leaves)
-            _KEPT[:] = [_DecodingForm(structure, were, form, batch)]
+            _KEPT[:] = [_DecodingForm(structure, were, form, level)]
     return form if policy is None else form.with_policy(policy)
 
 

@@ -21,7 +21,7 @@ LEAST_BYTES = 1 << 26
 """Total size of a model's kernels above which they do not stay in a CPU's cache."""
 LEAST_ELEMENTS = 1 << 18
 """Number of elements of the smallest kernel that is transposed."""
-MOST_ROWS = 256
+MOST_ROWS = 128
 """Number of rows up to which the kernel is the first operand of the product."""
 
 KERNELS = {"attention": "qkvo", "mlp": ("up", "gate", "down")}

@@ -93,7 +93,9 @@ def main(config: GenerateConfig) -> None:
         loaded = loaded.with_adapter(config.adapter)
     if config.int8:
         loaded = loaded.in_int8()
-    loaded = under_policy(loaded.for_inference(len(config.prompt)), config)
+    loaded = under_policy(loaded, config)
+    rows = len(config.prompt) if config.cache and loaded.model.cacheable else None
+    loaded = loaded.for_inference(rows)
     compose = answer if config.chat else write
     how = {"cached": None if config.cache else False}
     if loaded.memgen is not None:

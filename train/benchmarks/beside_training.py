@@ -18,7 +18,7 @@ from flax import nnx
 
 from thoughtbubbles import ModelConfig, PrefixRank
 from train.benchmarks.models import ModelSizes, random_model, random_tokens
-from train.benchmarks.timing import Cost, interleaved, timed
+from train.benchmarks.timing import Cost, check_cpu, interleaved, timed
 
 Loss = Callable[[Any, jax.Array], jax.Array]
 
@@ -138,6 +138,7 @@ def compare(
         theirs: Linen module of the other library, which takes tokens `[B, T]`.
         their_loss: Mean loss in nats of its parameters and of rows `[B, T + 1]`.
     """
+    check_cpu()
     rows = jnp.asarray(random_tokens(config.vocab_size, config.batch_size, config.seq_len + 1))
     definition, params = nnx.split(random_model(mine))
 

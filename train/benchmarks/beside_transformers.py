@@ -15,7 +15,7 @@ from thoughtbubbles import Thoughtbubbles
 from thoughtbubbles.decoding import generate
 from thoughtbubbles.pretrained import save_pretrained
 from train.benchmarks.models import SmolLM2Sizes, random_model, random_tokens
-from train.benchmarks.timing import Clock, Cost, Timing, interleaved
+from train.benchmarks.timing import Clock, Cost, Timing, check_cpu, interleaved
 from train.data.tokenizers import ByteTokenizer
 
 
@@ -48,6 +48,7 @@ class TransformersBenchmark(SmolLM2Sizes):
 
 def main(config: TransformersBenchmark) -> None:
     """Print CPU times of the first and of further tokens, and how many times as fast ours are."""
+    check_cpu()
     torch, transformers = _installed("torch"), _installed("transformers")
     transformers.utils.logging.disable_progress_bar()
     ours = random_model(config.model_config())

@@ -34,6 +34,15 @@ class Clock:
         return Cost(time.perf_counter() - self._wall, time.process_time() - self._cpu)
 
 
+def check_cpu() -> None:
+    """Raise a ValueError if jax computes elsewhere, where CPU time says nothing."""
+    if jax.default_backend() != "cpu":
+        raise ValueError(
+            f"this benchmark compares CPU time, jax is on a {jax.default_backend()}: set "
+            "JAX_PLATFORMS=cpu"
+        )
+
+
 def timed(function: Callable[..., Any], *args: Any) -> Cost:
     """Call a function, wait until the arrays of its result are computed, and return the cost."""
     clock = Clock()

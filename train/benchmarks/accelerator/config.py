@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 from train.benchmarks.accelerator.part import LOST, PARTS, has_tiny_sizes, run_part
-from train.benchmarks.accelerator.record import TimeIsUp, read
+from train.benchmarks.accelerator.record import DeviceLost, TimeIsUp, read
 from train.benchmarks.accelerator.table import tables
 
 LEAST = 10.0  # minimum number of seconds left with which a part is started
@@ -99,10 +99,10 @@ def _run(name: str, config: AcceleratorBenchmark, folder: Path, seconds: float) 
     if config.tiny:
         try:
             run_part(name, folder, seconds, True, config.then)
-        except TimeIsUp:
+        except (TimeIsUp, DeviceLost):
             return False
         return True
-    end, given = time.monotonic() + seconds, {"tiny": False, "then": config.then}
+    end, given = time.monotonic() + seconds, {"tiny": False, "then": config.then, "retry": True}
     defaults = {
         "JAX_COMPILATION_CACHE_DIR": str((folder / "compiled").absolute()),
     }
@@ -118,6 +118,7 @@ def _run(name: str, config: AcceleratorBenchmark, folder: Path, seconds: float) 
             status = subprocess.run(command, env=defaults | os.environ, timeout=left).returncode
         except subprocess.TimeoutExpired:
             return False
+        given["retry"] = False  # a run that loses the device would lose it again
     if status == 2:  # its message is printed already
         sys.exit(2)
     if status not in (0, 3, LOST):

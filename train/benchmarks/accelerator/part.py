@@ -18,7 +18,9 @@ LOST = 4
 PARTS = ("kernels", "step", "memory", "decode", "rl", "precision", "then")
 
 
-def run_part(name: str, folder: Path, seconds: float, tiny: bool, then: str | None) -> None:
+def run_part(
+    name: str, folder: Path, seconds: float, tiny: bool, then: str | None, retry: bool = True
+) -> None:
     """Run the measurements of a part that the part's result file does not have yet.
 
     Args:
@@ -27,6 +29,7 @@ def run_part(name: str, folder: Path, seconds: float, tiny: bool, then: str | No
         seconds: Time limit of the part in seconds; no measurement begins after the limit.
         tiny: Whether to use tiny sizes, which also run on a CPU.
         then: File of training runs, for the part "then"; None for no runs.
+        retry: Whether to train runs of `then` again that failed before.
 
     Raises:
         TimeIsUp: The time limit was reached before the part was finished.
@@ -43,7 +46,7 @@ def run_part(name: str, folder: Path, seconds: float, tiny: bool, then: str | No
         from train.benchmarks.accelerator.queued import measure_queue
 
         if then is not None:
-            measure_queue(record, then)
+            measure_queue(record, then, retry)
     elif name == "kernels":
         from train.benchmarks.accelerator.kernels import measure_kernels
 

@@ -175,8 +175,13 @@ def _run_of(fields: Any, folder: Path) -> QueuedRun:
     )
 
 
-def measure_queue(record: Record, path: str) -> None:
+def measure_queue(record: Record, path: str, retry: bool = True) -> None:
     """Train the runs that a file lists, in order, each with all of its seeds before the next run.
+
+    Args:
+        record: Record of the part.
+        path: File of runs.
+        retry: Whether to train runs again that failed before.
 
     Raises:
         TimeIsUp: The time limit was reached; an unfinished run has saved a checkpoint.
@@ -195,7 +200,7 @@ def measure_queue(record: Record, path: str) -> None:
                     "its own"
                 )
             known[name] = identity
-            if failed:  # it may have been mended since
+            if failed and retry:  # it may have been mended since
                 del record.measurements[name]
             record.measure(name, functools.partial(_train, record, run, seed, identity))
 
