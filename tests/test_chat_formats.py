@@ -79,6 +79,7 @@ def test_what_a_record_says(record, messages, in_loss, tools):
         ({"messages": [USER, BOT], "weight": 0}, 'field "weight" .0. is not supported'),
         ({"messages": [USER, BOT], "train": False}, 'field "train" .false. is not supported'),
         ({"prompt": "a", "completion": "b", "label": False}, '"label" .false. .* delete the li'),
+        ({"messages": [{**USER, "at": b"x"}, BOT]}, "a field holds bytes .b'x'., no text: take i"),
         ({"prompt": "a", "completion": "b", "label": 0}, '"label" .0. .* delete the line'),
         ({"messages": [USER, BOT], "loss_mask": [0, 1]}, 'field "loss_mask" .* take the fie'),
         ({"messages": [USER, BOT], "images": ["a.png"]}, 'field "images" .* take the field out'),

@@ -61,6 +61,8 @@ def test_it_is_the_same_model(config, rows):
 @pytest.mark.usefixtures("small_counts")
 def test_a_batch_is_generated_with_it_and_a_single_prompt_uses_what_is_there():
     model = made(CONFIG)
+    for_blocks = decoding.decoding_form(model, None)  # of tokens, as scores need it
+    assert isinstance(for_blocks.unstacked[0].mlp.down, nnx.Param)
     alone = [generate(model, [prompt], 6)[0] for prompt in BATCH]
     [kept] = decoding._KEPT
     assert isinstance(kept.form.unstacked[0].mlp.up, nnx.Param)

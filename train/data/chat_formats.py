@@ -201,7 +201,7 @@ def _message(message: Any, number: int, where: str) -> tuple[dict[str, Any], boo
                 f'{where}: the field "{name}" of message {number} is not supported, and would '
                 "change what is learned: take it out"
             )
-    return (_plain(found) if found.keys() - {"role", "content"} else found), in_loss
+    return (_plain(found, where) if found.keys() - {"role", "content"} else found), in_loss
 
 
 def _joined(parts: list[Any], what: str) -> str:
@@ -233,18 +233,18 @@ def _tools(tools: Any, where: str) -> list[Any]:
         tools = _json(tools or "[]", f'{where}: "tools"')
     if not isinstance(tools or [], list):
         raise DataError(f'{where}: "tools" is {_shown(tools)}: give a list of JSON schemas')
-    return _plain(tools or [])
+    return _plain(tools or [], where)
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: Any, where: str) -> Any:
     """Copy a value as JSON, in which times and decimal numbers of Parquet are texts."""
-    return json.loads(json.dumps(value, default=_no_bytes))
 
+    def text(of: Any) -> str:
+        if isinstance(of, bytes):
+            raise DataError(f"{where}: a field holds bytes ({of[:20]!r}), no text: take it out")
+        return str(of)
 
-def _no_bytes(value: Any) -> str:
-    if isinstance(value, bytes):
-        raise DataError(f"a field of bytes ({value[:20]!r}) is no text: leave it out")
-    return str(value)
+    return json.loads(json.dumps(value, default=text))
 
 
 def _json(text: str, what: str) -> Any:
