@@ -40,6 +40,7 @@ from train.experiments.study import (
 )
 from train.experiments.tasks import Lookup
 from train.pretraining.presets import PRESETS
+from train.runs.appended import append_objects, begins_with, drop_half_line
 
 
 def test_lookup_rows_by_hand():
@@ -117,6 +118,37 @@ def test_finished_runs_are_found_again(tmp_path):
     out.write_text(out.read_text().rstrip("\n"))  # as some editors save it
     again.add(run | {"seed": 1})
     assert read_results(out) == again.found and len(again.found) == 2
+    whole = out.read_text()
+    out.write_text(whole + '{"arm": "c", "se')  # by a kill, or a full disk
+    assert Results(out, ("arm", "seed")).found == again.found and out.read_text() == whole
+    out.write_text(half := '{"question": "?"}\n{"question')  # not of an experiment
+    with pytest.raises(ValueError, match="line 2: not JSON"):
+        Results(out, ("arm", "seed"))
+    assert out.read_text() == half
+
+
+def test_the_last_line_of_files_that_are_appended_to(tmp_path):
+    """One rule: whole objects stay, halves of own lines go, other text begins no joined line."""
+    file, is_own = tmp_path / "file", begins_with(b'{"own": ')
+    first, other, added = '{"own": 1}\n', "notes\n", '{"new": 2}\n'
+    for text, kept, appended in (
+        ("", "", added),
+        (first, first, first + added),
+        (first + '{"a": [', first, first + added),
+        (first + '{"a": []}', first + '{"a": []}', first + '{"a": []}\n' + added),
+        (first + "3", first, first + added),
+        ('{"ow', "", added),
+        (first[:-1], first[:-1], first + added),
+        (other + '{"own": ', other + '{"own": ', other + '{"own": \n' + added),
+        ("notes", "notes", other + added),
+    ):
+        file.write_text(text)
+        drop_half_line(file, is_own)
+        assert file.read_text() == kept
+        append_objects(file, [{"new": 2}], is_own)
+        assert file.read_text() == appended
+    drop_half_line(tmp_path / "none", is_own)
+    assert not (tmp_path / "none").exists()
 
 
 def test_means_have_their_standard_errors():

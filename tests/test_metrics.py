@@ -128,7 +128,14 @@ def test_without_a_step_it_appends_after_the_last_whole_line(tmp_path: Path):
     assert without_time(tmp_path / "metrics.jsonl") == [{"step": 5, "loss": 1.0}]
     with MetricWriter(tmp_path) as writer:
         writer.write(1, {"loss": 2.0})
-    assert without_time(tmp_path) == [{"step": 5, "loss": 1.0}, {"step": 1, "loss": 2.0}]
+    both = [{"step": 5, "loss": 1.0}, {"step": 1, "loss": 2.0}]
+    assert without_time(tmp_path) == both
+    file = tmp_path / "metrics.jsonl"
+    file.write_text(file.read_text().rstrip("\n"))  # as some editors save it
+    assert without_time(tmp_path) == both
+    with MetricWriter(tmp_path) as writer:
+        writer.write(2, {"loss": 3.0})
+    assert without_time(tmp_path) == [*both, {"step": 2, "loss": 3.0}]
 
 
 def test_a_kill_loses_no_line(tmp_path: Path):

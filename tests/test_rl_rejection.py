@@ -13,8 +13,9 @@ from train.rl.job import RLJob
 from train.rl.named_tasks import make_task
 from train.rl.rejection import RejectionConfig, accepted, conversations, relabelled, save
 from train.rl.rejection import main as write_data
-from train.rl.tasks.probed import append_lines
+from train.rl.tasks.probed import is_probe
 from train.rl.types import Completion
+from train.runs.appended import append_objects
 
 
 def test_right_answers_of_a_policy_are_data_for_fine_tuning(tmp_path: Path):
@@ -117,7 +118,7 @@ def test_questions_out_of_knowledge_are_relabelled(tmp_path: Path, monkeypatch, 
     )
     problems = [make_task("arithmetic", 0).problem("train", index) for index in range(3)]
     counts = [{"uid": one.uid, "correct": at, "samples": 2} for at, one in enumerate(problems)]
-    append_lines(probe, [{"probe": {}}, *counts])
+    append_objects(probe, [{"probe": {}}, *counts], is_probe)
     relabels = list(relabelled(sums, make_task("arithmetic", 0)))
     assert [line["completion"] for line in relabels] == ["no", *(p.answer for p in problems[1:])]
     with pytest.raises(ValueError, match="has not problem .* probe as many problems as pool=9"):

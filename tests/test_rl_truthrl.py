@@ -23,7 +23,7 @@ from train.rl.named_tasks import make_task
 from train.rl.probe import ProbeConfig, probe
 from train.rl.rollout.sampler import Sampler
 from train.rl.scoring import safe_score
-from train.rl.tasks.probed import append_lines, drop_half_line, read_probe, unsolved_problems
+from train.rl.tasks.probed import is_probe, read_probe, unsolved_problems
 from train.rl.tasks.truthful import (
     TruthfulTask,
     boxed,
@@ -34,6 +34,7 @@ from train.rl.tasks.truthful import (
     with_reasoning,
 )
 from train.rl.types import Completion, Problem, Reward
+from train.runs.appended import append_objects, drop_half_line
 
 
 class Capitals:
@@ -362,15 +363,15 @@ def test_a_probe_must_be_whole(tmp_path):
 
     file = tmp_path / "probe.jsonl"
     lines = [{"probe": {}}, {"uid": "train0", "correct": 0, "samples": 4}]
-    append_lines(file, lines)
+    append_objects(file, lines, is_probe)
     with pytest.raises(ValueError, match="has 1 of the 2 training problems of two"):
         unsolved_problems(file, Two())
-    append_lines(file, [{"uid": "train1", "correct": 1, "samples": 4}])
+    append_objects(file, [{"uid": "train1", "correct": 1, "samples": 4}], is_probe)
     whole = file.read_text()
     file.write_text(whole + '{"uid": "tra')
-    drop_half_line(file)
+    drop_half_line(file, is_probe)
     assert file.read_text() == whole and unsolved_problems(file, Two()) == {"train0"}
     for half, left in (('{"pro', ""), (notes := "notes without a last newline", notes)):
         file.write_text(half)
-        drop_half_line(file)
+        drop_half_line(file, is_probe)
         assert file.read_text() == left

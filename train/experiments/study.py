@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -13,6 +12,7 @@ import numpy as np
 from train.cli.config_json import as_json
 from train.cli.numbers import check_least
 from train.data.json_lines import read_json_lines
+from train.runs.appended import append_objects, drop_half_line, object_of
 from train.runs.files import check_new_file, check_regular
 from train.runs.metadata import load_run_meta
 
@@ -101,7 +101,8 @@ class Results:
 
     The attribute `found` lists the results in the order in which they were finished. `run in
     results` is True if the run is finished, which means that a result has the same values as the
-    run in all entries `key`. An entry that a result lacks counts as None.
+    run in all entries `key`. An entry that a result lacks counts as None. A last line that an
+    interruption has left incomplete is dropped, so that its run is trained again.
 
     Args:
         path: Path of the file; file and folder are created when the first run is finished.
@@ -116,6 +117,7 @@ class Results:
         check_regular(self._path)
         if not self._path.exists():
             check_new_file(self._path)
+        drop_half_line(self._path, self._is_own)
         self.found = read_results(path) if self._path.exists() else []
 
     def __contains__(self, run: Mapping[str, Any]) -> bool:
@@ -136,13 +138,12 @@ class Results:
 
     def add(self, result: Result) -> None:
         """Append a finished run to the file."""
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        with self._path.open("ab+") as file:
-            if file.tell():  # an editor may have left out the end of the last line
-                file.seek(-1, os.SEEK_END)
-                file.write(b"" if file.read(1) == b"\n" else b"\n")
-            file.write(f"{json.dumps(result)}\n".encode())
+        append_objects(self._path, [result], self._is_own)
         self.found.append(result)
+
+    def _is_own(self, first: bytes) -> bool:
+        result = object_of(first)
+        return result is not None and all(name in result for name in self._key)
 
 
 def run_study(

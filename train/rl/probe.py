@@ -18,8 +18,9 @@ from train.rl.job import RLJob
 from train.rl.learning.penalties import Ternary
 from train.rl.learning.policy import sampler_of
 from train.rl.rollout.sampler import Sampler
-from train.rl.tasks.probed import Probed, append_lines, drop_half_line, read_probe
+from train.rl.tasks.probed import Probed, is_probe, read_probe
 from train.rl.types import Problem, Trajectory
+from train.runs.appended import append_objects, drop_half_line
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,8 +130,7 @@ def probe(config: ProbeConfig, job: RLJob) -> None:
             written by a probe with these options.
     """
     out = Path(config.out)
-    if out.exists():
-        drop_half_line(out)
+    drop_half_line(out, is_probe)
     if out.exists() and out.stat().st_size:
         options, found = read_probe(out)
         if options != config.options:
@@ -143,13 +143,13 @@ def probe(config: ProbeConfig, job: RLJob) -> None:
         done = {problem.uid for problem in found}
     else:
         done = set()
-        out.parent.mkdir(parents=True, exist_ok=True)
-        append_lines(out, [{"probe": config.options}])
+        append_objects(out, [{"probe": config.options}], is_probe)
     missing = list(training_problems(job.task, config.pool, done))
     sampler = nucleus_sampler(config, job)
     for start in range(0, len(missing), config.batch_size):
         problems = missing[start : start + config.batch_size]
-        append_lines(out, map(dataclasses.asdict, sample(config, job, sampler, problems)))
+        counts = map(dataclasses.asdict, sample(config, job, sampler, problems))
+        append_objects(out, counts, is_probe)
 
 
 def sample(

@@ -12,6 +12,7 @@ from typing import Any, TextIO
 import numpy as np
 from tqdm import tqdm
 
+from train.runs.appended import object_of
 from train.runs.files import check_regular, write_atomically
 
 _FILE = "metrics.jsonl"
@@ -37,7 +38,8 @@ class MetricWriter:
         resume_step: Step of the checkpoint that the run resumes from, 0 for a new run. Lines of
             later steps are dropped, so that the file gets the same lines as in an uninterrupted
             run, provided that a step's line is written before its checkpoint. None keeps all lines.
-            An incomplete last line, which a killed process leaves, is always dropped.
+            An incomplete last line, which a killed process leaves, is always dropped; a whole last
+            line without a line break gets one.
         enabled: Whether this process writes; only one process of a run may.
 
     Raises:
@@ -124,8 +126,8 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
         path: Run folder, or its metrics file.
 
     Raises:
-        MetricsError: The file does not exist, or a line is damaged. A last line without a line
-            break, which a killed process leaves, is skipped.
+        MetricsError: The file does not exist, or a line is damaged. An incomplete last line, which
+            a killed process leaves, is skipped.
     """
     file = Path(path)
     if file.is_dir():
@@ -317,28 +319,28 @@ def _lines(file: Path) -> list[tuple[bytes, dict[str, Any]]]:
     check_regular(file)
     lines = []
     for number, raw in enumerate(file.read_bytes().splitlines(keepends=True), 1):
-        if not raw.endswith(b"\n"):
+        line = object_of(raw)
+        if line is None and not raw.endswith(b"\n"):
             break
-        try:
-            line = json.loads(raw)
-            if type(line["step"]) is not int:
-                raise TypeError
-        except (ValueError, TypeError, KeyError, RecursionError):
+        if line is None or type(line.get("step")) is not int:
             raise MetricsError(
                 f"line {number} of {file} is not a JSON object with a step: remove it"
-            ) from None
-        lines.append((raw, line))
+            )
+        lines.append((raw.removesuffix(b"\n") + b"\n", line))
     return lines
 
 
 def _trim(file: Path, last_step: int | None) -> None:
-    """Drop a half-written last line and the lines of steps after `last_step`, atomically."""
+    """Drop a half-written last line and the lines of steps after `last_step`, atomically.
+
+    The rule for a last line without a line break is that of `train.runs.appended`.
+    """
     if not file.exists():
         return
     kept = b"".join(
         raw for raw, line in _lines(file) if last_step is None or line["step"] <= last_step
     )
-    if len(kept) < file.stat().st_size:
+    if kept != file.read_bytes():
         write_atomically(file, kept)
 
 

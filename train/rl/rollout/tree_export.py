@@ -1,7 +1,5 @@
 """Export of finished search trees as lines of JSON and as figures."""
 
-import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 from train.rl.rollout.formatter import PromptFormatter
 from train.rl.rollout.search_tree import mean_entropy
 from train.rl.rollout.searching import Search
+from train.runs.appended import append_objects, begins_with
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_HEAD = b'{"seed": '  # of each line
 LABELLED = 120  # maximum number of nodes of a figure that shows the nodes' texts
 
 
@@ -61,28 +59,8 @@ def append_tree(
     path: Path, seed: Sequence[int], search: Search, formatter: PromptFormatter
 ) -> None:
     """Append a tree to a file as a line of JSON (`tree_json`), with the `seed` of its step."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.is_file():
-        _drop_half_line(path)
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps({"seed": list(seed), **tree_json(search, formatter)}) + "\n")
-
-
-def _drop_half_line(path: Path) -> None:
-    """Remove an incomplete last tree, which a killed run or a full disk may leave."""
-    with path.open("rb+") as file:
-        if not file.seek(0, os.SEEK_END):
-            return
-        file.seek(-1, os.SEEK_END)
-        if file.read(1) == b"\n":
-            return
-        file.seek(0)
-        whole = file.read()
-        kept = whole.rfind(b"\n") + 1
-        if whole[kept:].startswith(_HEAD[: len(whole) - kept]):
-            file.truncate(kept)
-        else:  # text of another program: it keeps its line
-            file.write(b"\n")
+    line = {"seed": list(seed), **tree_json(search, formatter)}
+    append_objects(path, [line], begins_with(b'{"seed": '))
 
 
 def draw_tree(tree: dict[str, Any]) -> "Figure":

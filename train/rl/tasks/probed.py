@@ -1,15 +1,14 @@
 """Files of `thoughtbubbles probe`: how often a model solves each problem of a task."""
 
 import dataclasses
-import json
-import os
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from train.data.json_lines import read_json_lines
+from train.runs.appended import begins_with
 
-_HEAD = b'{"probe": '  # of the first line, as `append_lines` writes it
+is_probe = begins_with(b'{"probe": ')
+"""Function that says of a file's first line whether `thoughtbubbles probe` wrote it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,23 +43,6 @@ def read_probe(path: str | Path) -> tuple[dict[str, Any], list[Probed]]:
         return dict(lines[0]["probe"]), [Probed(**line) for line in lines[1:]]
     except (IndexError, KeyError, TypeError):
         raise ValueError(f"{path} is no file of `thoughtbubbles probe`: give one") from None
-
-
-def drop_half_line(path: str | Path) -> None:
-    """Remove the incomplete last line of a probe's file, which an interrupted probe may leave.
-
-    A file that does not begin as a probe's file does is left alone.
-    """
-    whole = Path(path).read_bytes()
-    kept = whole.rfind(b"\n") + 1
-    if kept < len(whole) and whole[: len(_HEAD)] == _HEAD[: len(whole)]:
-        os.truncate(path, kept)
-
-
-def append_lines(path: str | Path, lines: Iterable[dict[str, Any]]) -> None:
-    """Append dicts to the file of a probe, each as a line of JSON."""
-    with Path(path).open("a", encoding="utf-8") as file:
-        file.write("".join(json.dumps(line) + "\n" for line in lines))
 
 
 def unsolved_problems(path: str | Path, task: Any) -> frozenset[str]:
