@@ -35,6 +35,8 @@ def token_log_probs(
 ) -> Float[Array, "B L"]:
     """Compute float32 log-probabilities of target tokens; they are 0 where masked out.
 
+    The log-probability of a target outside the vocabulary is NaN, with a gradient of 0.
+
     Logits are computed for `chunk` positions at a time, so no array `[B, L, V]` is materialized. A
     chunk that is masked out in all rows is skipped.
 
@@ -67,9 +69,10 @@ def token_log_probs(
         ids = jnp.arange(logits.shape[-1])
         if valid_vocab_size is not None:
             logits = jnp.where(ids < valid_vocab_size, logits, -jnp.inf)
-        chosen = ids == jnp.maximum(targets, 0)[..., None]
-        picked = jnp.where(chosen, logits, 0).sum(axis=-1)
-        return jnp.where(mask, picked - jax.nn.logsumexp(logits, axis=-1), 0.0)
+        picked = jnp.where(ids == targets[..., None], logits, 0).sum(axis=-1)
+        log_probs = picked - jax.nn.logsumexp(logits, axis=-1)
+        known = (targets >= 0) & (targets < logits.shape[-1])
+        return jnp.where(mask, jnp.where(known, log_probs, jnp.nan), 0.0)
 
     def part(hidden, targets, mask):
         nothing = lambda *_: jnp.zeros_like(targets, jnp.float32)  # noqa: E731
@@ -127,7 +130,8 @@ def sft_loss(
 
     Returns:
         Sum of the loss over the responses' tokens in nats, and the number of these tokens, float32.
-        The sum divided by the number is the mean loss per token.
+        The sum divided by the number is the mean loss per token. It is NaN if a token of a response
+        is outside the vocabulary.
 
     Raises:
         ValueError: The tokens are not integers `[B, L]`, or the loss mask or the plan does not fit

@@ -147,6 +147,12 @@ def test_c21_padding_and_unsupervised_targets_do_not_matter(hidden):
     garbage = np.where(SUPERVISED, TOKENS, -100)
     wanted = scored(made.reasoner, hidden, TOKENS, chunk=5)
     assert (scored(made.reasoner, hidden, garbage, chunk=5) == wanted).all()
+    # A target that is supervised is an id of the vocabulary, also where no later token reads it.
+    last = SUPERVISED & np.roll(~SUPERVISED, -1, axis=1)
+    for wrong in (-1, VOCAB):
+        found = scored(made.reasoner, hidden, np.where(last, wrong, TOKENS), chunk=5)
+        assert (np.isnan(found) == last).all()
+        assert np.isnan(loss_of(made, np.where(last, wrong, TOKENS), SUPERVISED, plan)[0])
     short = SUPERVISED & (np.arange(12) < 10)
     totals = []
     for fill in (TOKENS, random_tokens(3, 12, seed=9), 0, -100, VOCAB + 9):

@@ -126,6 +126,17 @@ def test_chunks_of_the_vocabulary_change_nothing():
             np.testing.assert_allclose(value[1], expected, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("chunks", [1, 2, 6])
+def test_a_target_outside_the_vocabulary_is_nan_in_any_chunk(chunks: int):
+    rng = np.random.default_rng(0)
+    hidden, table = (jnp.asarray(rng.normal(size=size), jnp.float32) for size in ((6, 8), (10, 8)))
+    targets = jnp.array([9, 10, 11, 99, -1, 0])  # padding of the last chunk has ids from 10 on
+    found = head.head_log_prob(hidden, table, targets, chunks=chunks)
+    assert np.isnan(found).tolist() == [False, True, True, True, True, False]
+    gradient = jax.grad(lambda x: head.head_log_prob(x, table, targets, chunks=chunks).sum())
+    assert (np.abs(gradient(hidden)).sum(axis=1) > 0).tolist() == [True, *[False] * 4, True]
+
+
 def test_the_head_of_a_subclass_is_called():
     def capped(name: str) -> type[Thoughtbubbles]:
         inherited = getattr(Thoughtbubbles, name)

@@ -843,6 +843,26 @@ def test_arrays_of_numpy_are_what_arrays_of_jax_are():
     assert leaves[0].shape == (2, 4, 20) and leaves[-1].shape == (2,)
 
 
+def test_an_id_outside_the_vocabulary_is_nan_as_the_last_target_too():
+    """It is embedded nowhere, which would make the whole row NaN."""
+    rows = np.array([[1, 2, 3, 4], [1, 2, 3, 20]])
+    truncated = dataclasses.replace(HATCHLING, truncate=2)
+
+    @jax.jit
+    def losses(rows):
+        model, hatchling, cut = (
+            Given().model,
+            Given().hatchling,
+            Hatchling(truncated, rngs=nnx.Rngs(0)),
+        )
+        nats = model.token_losses(rows)[0], hatchling.token_losses(rows)[0]
+        return nats, cut.loss(rows)[0]
+
+    nats, of_segments = losses(rows)
+    assert np.isnan(nats).tolist() == 2 * [[[False] * 3, [False, False, True]]]
+    assert np.isnan(of_segments) and np.isfinite(losses(rows[[0, 0]])[1])
+
+
 def test_rows_padded_on_the_left_have_a_loss_of_nan_under_jit():
     truncated = dataclasses.replace(HATCHLING, truncate=2)
 

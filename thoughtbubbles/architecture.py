@@ -268,8 +268,9 @@ class Architecture(Module):
             key: PRNG key of noise in training; None for no noise.
 
         Returns:
-            Losses `[B, T]` float32 in nats, 0 for padding, and the result of `run`. Under `jit`,
-            all losses of a row with padding before a token are NaN, with a gradient of 0.
+            Losses `[B, T]` float32 in nats, 0 for padding, and the result of `run`. The loss of a
+            target outside the vocabulary is NaN. Under `jit`, all losses of a row with padding
+            before a token are NaN, with a gradient of 0.
 
         Raises:
             ValueError: The rows are not integers `[B, T + 1]` with T >= 1, or (outside of `jit`) a

@@ -231,6 +231,7 @@ class ForkingDecoder(Architecture):
     def log_prob(self, output: Output | Streams, targets: AnyArray) -> jax.Array:
         """Compute the log-probabilities `[B, T]` float32 of `targets [B, T]`.
 
+        The log-probability of a target outside the vocabulary is NaN, with a gradient of 0.
         With `merge="probability"` only the log-probabilities of targets are mixed. If the logits
         would be large, the LM head processes the vocabulary in chunks (`head.head_log_prob`),
         except with an int8 head or in a subclass that overrides `logits`, `decode` or `unembed`.

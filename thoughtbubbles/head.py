@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 
-from thoughtbubbles.sampling import log_prob_of
+from thoughtbubbles.sampling import log_prob_of, of_vocabulary
 
 if TYPE_CHECKING:
     from jax import Array
@@ -70,13 +70,15 @@ def head_log_prob(
             one chunk, all logits are computed at once and stored for the backward pass.
 
     Returns:
-        Log-probabilities `[...]` float32; `chunks` changes only their rounding.
+        Log-probabilities `[...]` float32, NaN for a target outside the vocabulary; `chunks` changes
+        only their rounding.
     """
     if chunks is None:
         chunks = num_chunks(targets.size, table.shape[vocab_axis])
     if chunks == 1:
         return log_prob_of(head_logits(hidden, table, vocab_axis=vocab_axis), targets)
-    return _in_chunks(hidden, table, targets, vocab_axis, chunks)
+    log_prob: Any = _in_chunks(hidden, table, targets, vocab_axis, chunks)
+    return of_vocabulary(log_prob, targets, table.shape[vocab_axis])
 
 
 def num_chunks(positions: int, vocab_size: int) -> int:

@@ -146,12 +146,27 @@ def _at_least(logits: jax.Array, lowest: jax.Array) -> jax.Array:
 
 
 def log_prob_of(logits: jax.Array, targets: AnyArray) -> jax.Array:
-    """Compute log-probabilities `[...]` of target ids `[...]` under logits `[..., V]`."""
+    """Compute log-probabilities `[...]` of target ids `[...]` under logits `[..., V]`.
+
+    The log-probability of an id outside the vocabulary is NaN, with a gradient of 0.
+    """
     check_targets(targets, logits.shape[:-1])
     # A comparison, whose gradient needs no scatter, and which works on a sharded vocabulary.
     token = jnp.expand_dims(jnp.arange(logits.shape[-1]), range(targets.ndim))
     chosen = token == targets[..., None]
-    return jnp.where(chosen, logits, 0).sum(axis=-1) - jax.nn.logsumexp(logits, axis=-1)
+    log_prob = jnp.where(chosen, logits, 0).sum(axis=-1) - jax.nn.logsumexp(logits, axis=-1)
+    return of_vocabulary(log_prob, targets, logits.shape[-1])
+
+
+def of_vocabulary(log_prob: jax.Array, targets: AnyArray, vocab_size: int) -> jax.Array:
+    """Replace the log-probabilities `[...]` of target ids outside the vocabulary by NaN.
+
+    Args:
+        log_prob: Log-probabilities of the targets.
+        targets: Target ids `[...]`.
+        vocab_size: Size of the vocabulary.
+    """
+    return jnp.where((targets >= 0) & (targets < vocab_size), log_prob, jnp.nan)
 
 
 def check_sampling(
