@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from rl_runs import job
-from rl_tiny import Echo, Vowels, language_model
+from rl_tiny import Echo, Vowels, filled, language_model
 
 from memgen.decoding import nucleus
 from thoughtbubbles.sampling import keep_top_p
@@ -286,7 +286,7 @@ def test_a_probe_finds_what_is_out_of_knowledge(tmp_path: Path):
     made = RLJob(config.rl, language_model("shallow"), Hard())
     probe(config, made)
     options, problems = read_probe(out)
-    assert options == config.options and options["top_p"] == 0.9
+    assert options == {**config.options, "model": options["model"]} and options["top_p"] == 0.9
     assert [problem.uid for problem in problems] == ["train0", "train1", "train2", "train3"]
     assert [problem.correct > 0 for problem in problems] == [True, False, True, False]
     assert len(asked) == 32
@@ -296,6 +296,10 @@ def test_a_probe_finds_what_is_out_of_knowledge(tmp_path: Path):
     assert out.read_text().splitlines() == kept and len(asked) == 48
     with pytest.raises(ValueError, match="was probed with samples=8, now it is 9: choose another"):
         probe(ProbeConfig(**{**vars(config), "samples": 9}), made)
+    trained = dataclasses.replace(made.lm, model=filled(made.lm.model, seed=1))  # the run went on
+    with pytest.raises(ValueError, match=r"with model='\w+', now it is '\w+' at base: choose anot"):
+        probe(config, RLJob(config.rl, trained, Hard()))
+    assert out.read_text().splitlines() == kept
     endless = ProbeConfig(task="vowels", out=str(tmp_path / "new.jsonl"))
     with pytest.raises(ValueError, match="vowels is endless, choose a number of problems"):
         probe(endless, RLJob(endless.rl, language_model("shallow"), Vowels()))

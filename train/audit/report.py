@@ -27,8 +27,9 @@ from train.audit.reading import (
     top_tokens,
 )
 from train.audit.train_sae import load_sae
-from train.audit.unfinished import UnfinishedAudit, fingerprint, organism_hash
+from train.audit.unfinished import UnfinishedAudit, organism_hash
 from train.cli.numbers import check_least
+from train.models.fingerprint import fingerprint
 from train.models.load import LanguageModel, checksum_of, load_language_model
 from train.runs.files import check_new_file, write_atomically
 

@@ -9,9 +9,7 @@ from typing import Any
 
 from train.audit.organisms import Organism
 from train.audit.rates import Finding
-from train.cli.config_json import as_json
 from train.data.json_lines import read_json_lines
-from train.models.load import LanguageModel, checksum, tokenizer_meta
 from train.runs.files import write_atomically
 
 Subject = Mapping[str, str]
@@ -84,16 +82,3 @@ def _finding(line: Mapping[str, Any]) -> Finding:
 def organism_hash(organism: Organism) -> str:
     """Compute a hash of an organism's whole content, in hexadecimal."""
     return hashlib.blake2b(organism.to_json().encode(), digest_size=16).hexdigest()
-
-
-def fingerprint(lm: LanguageModel) -> str:
-    """Compute a hash of a model's parameters, configs and tokenizer, in hexadecimal."""
-    memory = lm.memgen
-    parts = [
-        checksum(lm.model if memory is None else memory),
-        as_json(lm.model.config),
-        memory and as_json(memory.config),
-        lm.tokenizer.to_json(),
-        tokenizer_meta(lm.tokenizer),
-    ]
-    return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 
 from train.cli.command import run_command
+from train.models.fingerprint import fingerprint
 from train.rl.config import RLConfig
 from train.rl.job import RLJob
 from train.rl.learning.penalties import Ternary
@@ -28,7 +29,7 @@ class ProbeConfig:
     """Samples answers to a task's training problems and counts the right answers.
 
     A problem is out of the model's knowledge if none of its sampled answers is right. An
-    interrupted probe resumes if it is run again with the same options.
+    interrupted probe resumes if it is run again with the same options and the same model.
 
     Attributes:
         weights: Model that answers: a run folder, "smollm2", a Hugging Face folder, or a .gguf
@@ -103,7 +104,7 @@ class ProbeConfig:
 
     @property
     def options(self) -> dict[str, Any]:
-        """Options that the counts depend on, stored in the first line of the file."""
+        """Options that the counts depend on, stored in the file beside the model's fingerprint."""
         free = ("pool", "batch_size", "max_rows", "out")
         fields = (field.name for field in dataclasses.fields(self))
         return {name: getattr(self, name) for name in fields if name not in free}
@@ -127,23 +128,23 @@ def probe(config: ProbeConfig, job: RLJob) -> None:
 
     Raises:
         ValueError: The task is endless and no pool is given, a scorer raised, or the file was not
-            written by a probe with these options.
+            written by a probe of this model with these options.
     """
-    out = Path(config.out)
+    out, options = Path(config.out), config.options | {"model": fingerprint(job.lm)}
     drop_half_line(out, is_probe)
     if out.exists() and out.stat().st_size:
-        options, found = read_probe(out)
-        if options != config.options:
-            changed = sorted(k for k in config.options if options.get(k) != config.options[k])
-            name = changed[0] if changed else "options"
+        known, found = read_probe(out)
+        if changed := [n for n in {**known, **options} if known.get(n) != options.get(n)]:
+            name = min(changed, key=lambda name: (name == "model", name))
+            where = f" at {config.weights}" if name == "model" else ""
             raise ValueError(
-                f"{out} was probed with {name}={options.get(name)!r}, now it is "
-                f"{config.options.get(name)!r}: choose another file"
+                f"{out} was probed with {name}={known.get(name)!r}, now it is "
+                f"{options.get(name)!r}{where}: choose another file"
             )
         done = {problem.uid for problem in found}
     else:
         done = set()
-        append_objects(out, [{"probe": config.options}], is_probe)
+        append_objects(out, [{"probe": options}], is_probe)
     missing = list(training_problems(job.task, config.pool, done))
     sampler = nucleus_sampler(config, job)
     for start in range(0, len(missing), config.batch_size):

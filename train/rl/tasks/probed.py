@@ -30,7 +30,8 @@ def read_probe(path: str | Path) -> tuple[dict[str, Any], list[Probed]]:
     """Read a file of `thoughtbubbles probe`.
 
     Returns:
-        The options of the probe, and the results of all problems that have been probed so far.
+        The options of the probe, with the fingerprint of its model as `model`; and the results of
+        all problems that have been probed so far.
 
     Raises:
         ValueError: The file does not exist, or was not written by `thoughtbubbles probe`.
