@@ -35,6 +35,7 @@ MATRIX = {
     "code": {"reasoning": 0.973, "visual": 0.037},
 }
 MIX0 = dict(zip(MATRIX, (0.5, 0.025, 0.025, 0.2, 0.05, 0.2), strict=True))
+MIXED = {"reasoning": 0.5, "visual": 0.16}
 MIX6 = dict(zip(MATRIX, (0.4, 0.08, 0.05, 0.02, 0.1, 0.35), strict=True))
 
 
@@ -49,17 +50,20 @@ def test_shares_of_the_papers_mixtures(weights, reasoning, visual):
 
 def test_weights_that_hit_their_targets_are_those_nearest_to_preferred_ones():
     assert solve_weights(MATRIX, {"reasoning": 0.6, "visual": 0.15}, near=MIX6).distance < 1e-6
-    wanted = {"reasoning": 0.5, "visual": 0.16}
-    solution = solve_weights(MATRIX, wanted, near=MIX6)
+    solution = solve_weights(MATRIX, MIXED, near=MIX6)
     assert solution.distance < 1e-6 and sum(solution.weights.values()) == pytest.approx(1)
     # The reference: least squares with equality constraints; no weight is 0 here.
     names = list(MATRIX)
-    rows = np.array([[MATRIX[n][label] for n in names] for label in wanted] + [[1.0] * len(names)])
+    rows = np.array([[MATRIX[n][label] for n in names] for label in MIXED] + [[1.0] * len(names)])
     start = np.array([MIX6[n] for n in names])
     step = np.linalg.lstsq(rows, np.array([0.5, 0.16, 1.0]) - rows @ start, rcond=None)[0]
     assert (start + step).min() > 0
     found = np.array([solution.weights[n] for n in names])
     np.testing.assert_allclose(found, start + step, atol=1e-5)
+    for factor in (100, 0.01, 1e307):  # per cent, or counts: proportions are what matters
+        near = {name: factor * weight for name, weight in MIX6.items()}
+        scaled = solve_weights(MATRIX, MIXED, near=near).weights
+        assert scaled == pytest.approx(solution.weights, abs=1e-9)
     same = solve_weights(MATRIX, label_shares(MIX0, MATRIX), near=MIX0)
     assert same.weights == pytest.approx(MIX0, abs=1e-6)
 
@@ -100,6 +104,10 @@ def test_a_category_gets_its_share_and_the_rest_keeps_its_proportions():
         (lambda: solve_weights(MATRIX, {"auditory": 0.2}), "no source has the label auditory"),
         (lambda: solve_weights(MATRIX, {}), "no share is wanted: give that of one of"),
         (lambda: solve_weights(MATRIX, {"visual": 0.2}, {"x": 1}), "no source x to prefer: choose"),
+        (lambda: solve_weights(MATRIX, MIXED, {"web": -1}), "a preferred weight of -1 of web"),
+        (lambda: solve_weights(MATRIX, MIXED, {"web": np.nan}), "a preferred weight of nan of web"),
+        (lambda: solve_weights(MATRIX, MIXED, {"web": 0}), "all preferred weights are 0: give a"),
+        (lambda: solve_weights(MATRIX, MIXED, {}), "all preferred weights are 0: give a"),
         (lambda: with_share(MIX0, ["maths"], 0.5), "no source maths in the mixture"),
         (lambda: with_share({"a": 0.1, "b": 0.2, "c": 0.7}, ["c", "b", "a"], 0.5), "no proportion"),
         (lambda: with_share(MIX0, ["math"], 2), "a share of 2 of math"),

@@ -7,6 +7,7 @@ a segment may have several labels. A mixture with weights w has the label fracti
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
@@ -65,22 +66,30 @@ def solve_weights(
         matrix: Label fractions of each source.
         wanted: Mapping from label to its wanted fraction t, from 0 to 1; labels may be left out.
         near: Mapping from source name to its preferred weight, 0 for a source that is left out;
-            None prefers equal weights.
+            the weights are scaled to sum to 1. None prefers equal weights.
 
     Raises:
         DataError: No fraction is wanted, a wanted fraction is not from 0 to 1 or its label is
-            unknown, or `near` names an unknown source.
+            unknown, or `near` names an unknown source, has a negative or infinite weight, or none
+            above 0.
     """
     from scipy.optimize import nnls  # 0.2 s to import
 
     names = list(matrix)
     check_wanted(wanted, [label for shares in matrix.values() for label in shares])
-    for name in near or ():
+    near = dict.fromkeys(names, 1.0) if near is None else near
+    for name, weight in near.items():
         if name not in matrix:
             raise DataError(f"no source {name} to prefer: choose from {', '.join(names)}")
+        if not 0 <= weight < math.inf:
+            raise DataError(f"a preferred weight of {weight:g} of {name}: choose 0 or more")
+    if not any(near.values()):
+        raise DataError("all preferred weights are 0: give a source one above 0")
     targets = np.array([[matrix[name].get(label, 0.0) for name in names] for label in wanted])
     missed = targets - np.array(list(wanted.values()))[:, None]
-    preferred = np.array([near.get(name, 0.0) if near else 1 / len(names) for name in names])
+    preferred = np.array([near.get(name, 0.0) for name in names])
+    preferred = preferred / preferred.max()  # whose sum neither overflows nor vanishes
+    preferred /= preferred.sum()
     away = np.eye(len(names)) - preferred[:, None]
     rows = np.concatenate([_PRECISION * missed, away, np.ones((1, len(names)))])
     solution, _ = nnls(rows, np.eye(len(rows))[-1])
