@@ -286,6 +286,11 @@ def test_schedules():
         rates = [float(make_schedule(at_once, 10)(step)) for step in (0, 5, 10)]
         middle = 0.55 if schedule == "cosine" else 1
         assert rates == pytest.approx([1, middle, 0.1])
+    for steps, decay in ((7, 3), (10, 5), (11, 5)):  # 3.5 and 5.5 are rounded up, and do not fit
+        halves = OptimizerConfig(learning_rate=1.0, schedule="wsd", warmup=0.5, decay=0.5)
+        halves = make_schedule(halves, steps)
+        rates = [float(halves(step)) for step in range(steps - decay, steps + 1)]
+        assert rates == pytest.approx(np.linspace(1, 0.1, decay + 1).tolist())
     with pytest.raises(ValueError, match="warmup=0.6 and decay=0.5 exceed the run"):
         OptimizerConfig(schedule="wsd", warmup=0.6, decay=0.5)
     unknown: Any = {"schedule": "constant"}

@@ -36,13 +36,14 @@ class OptimizerConfig:
             learning rate.
         clip: Maximum global norm of the gradient; a gradient with a larger norm is scaled down to
             this norm, and "inf" turns clipping off.
-        schedule: Schedule after the warm-up: "cosine" decays to `final_ratio` of the peak over the
-            rest of the run; "wsd" (warm-up, stable, decay) stays at the peak, and decays linearly
-            to `final_ratio` of it over the last `decay` fraction of the steps.
+        schedule: Schedule after the warm-up: "cosine" decays towards `final_ratio` of the peak over
+            the rest of the run; "wsd" (warm-up, stable, decay) stays at the peak, and decays
+            linearly towards `final_ratio` of it over the last `decay` fraction of the steps.
         warmup: Fraction of the steps, 0 to 1, over which the learning rate rises linearly from 0,
             at least over the first step; 0 turns the warm-up off.
         decay: Fraction of the steps, 0 to 1, over which "wsd" decays at the end.
-        final_ratio: Learning rate at the last step, as a fraction of the peak.
+        final_ratio: Learning rate that the decay reaches behind the last step, as in optax, as a
+            fraction of the peak; the last step itself is one step of the decay short of it.
         fork_rate: Factor on the learning rate of fork layers. A factor above 1 helps new fork
             layers in a pretrained model to catch up.
     """
@@ -89,7 +90,10 @@ class OptimizerConfig:
 
 
 def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """Return the schedule of `config`: a function from a step to its learning rate.
+    """Return the schedule of `config`: a function from a step, from 0 on, to its learning rate.
+
+    Warm-up and decay are rounded to whole steps; the decay gives way to the warm-up where both
+    together would be longer than the run.
 
     Args:
         config: Optimizer and schedule.
@@ -101,7 +105,7 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
         if not warmup:
             return optax.cosine_decay_schedule(peak, steps, config.final_ratio)
         return optax.warmup_cosine_decay_schedule(0.0, peak, warmup, max(steps, warmup + 1), final)
-    decay = max(round(config.decay * steps), 1)
+    decay = max(min(round(config.decay * steps), steps - warmup), 1)
     parts = [optax.constant_schedule(peak), optax.linear_schedule(peak, final, decay)]
     ends = [max(steps - decay, warmup)]
     if warmup:
