@@ -30,7 +30,7 @@ from train.data import (
     prepare_chat,
     segment_mask,
 )
-from train.data.chat_data import pack
+from train.data.chat_data import one_response, one_response_rows, pack
 from train.data.chat_templates import chat_examples, chat_ids, render
 from train.models.load import find_weights
 
@@ -300,6 +300,19 @@ def test_rows_hold_nothing_behind_the_last_answer_and_nothing_to_guess_unseen(tm
     assert texts == ["qr", "ab"] and (data.train.segment[0] >= 0).sum() == 4
     assert spans(data.train.loss_mask[0]) == [(2, 4)]
     assert spans(data.train.loss_mask[1]) == [(1, 3)]
+
+
+def test_answers_without_a_token_between_are_responses_of_their_own(tmp_path: Path):
+    tokenizer = letters("{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}")
+    answers = [{"role": "assistant", "content": text} for text in ("ab", "", "cde")]
+    file = write(tmp_path / "a.jsonl", {"messages": [*say("q"), *answers]})
+    data = prepare_chat(ChatDataConfig((str(file),), str(file), seq_len=12), tokenizer)
+    assert spans(data.train.loss_mask[0]) == [(2, 10)]
+    split = one_response(data).train
+    assert [spans(row) for row in split.loss_mask] == [[(2, 5)], [(5, 6)], [(6, 10)]]
+    assert [tokenizer.decode(row) for row in split.tokens] == ["qab", "qab", "qabcde"]
+    assert (split.segment >= 0).sum(axis=1).tolist() == [5, 6, 10]
+    assert len(one_response_rows(split, ())) == 3
 
 
 def test_a_folder_is_its_files(tmp_path: Path):

@@ -314,7 +314,7 @@ def test_a_weaver_reads_each_response_in_a_row_of_its_own(base, chats):
     doubled = dataclasses.replace(rows, loss_mask=rows.loss_mask.copy())
     place = np.argmax(doubled.loss_mask, axis=1)
     doubled.loss_mask[np.arange(len(rows)), place + 1] = False  # a hole: now two responses
-    split = one_response_rows(doubled)
+    split = one_response_rows(doubled, ())
     assert len(split) > len(rows)
     assert split.loss_mask.sum() == doubled.loss_mask.sum()
     first = split.loss_mask[0].argmax()

@@ -6,7 +6,7 @@ import bisect
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import cast
 
 import jax
@@ -15,6 +15,7 @@ import numpy as np
 from tqdm import tqdm
 
 from train.data import splits
+from train.data.chat_templates import answer_ends
 from train.data.config import DataError, check_rows
 from train.data.conversations import Conversation, conversation_files, read_conversations
 from train.data.packing import PADDING, PackedRows
@@ -354,7 +355,8 @@ def pack(lengths: Sequence[int], width: int) -> list[list[int]]:
 
 def one_response(data: ChatData) -> ChatData:
     """Make one row per response in both splits (`one_response_rows`), and count the new rows."""
-    made = {side: one_response_rows(getattr(data, side)) for side in data.statistics}
+    ends = answer_ends(data.tokenizer)
+    made = {side: one_response_rows(getattr(data, side), ends) for side in data.statistics}
     statistics = {
         side: counts | {"tokens": int(made[side].lengths.sum()), "rows": len(made[side])}
         for side, counts in data.statistics.items()
@@ -362,22 +364,23 @@ def one_response(data: ChatData) -> ChatData:
     return dataclasses.replace(data, **made, statistics=statistics)
 
 
-def one_response_rows(rows: ChatRows) -> ChatRows:
+def one_response_rows(rows: ChatRows, ends: Collection[int]) -> ChatRows:
     """Make one row per response: the tokens up to its end, with only the response in the loss.
 
     A weaver adds latent memory to one response; earlier turns are context without latent memory.
 
     Args:
         rows: Rows of conversations, each with any number of responses.
+        ends: Ids of the tokens that end a response (`answer_ends`), after which a chat template may
+            begin the next response without a token between.
 
     Returns:
         Rows of the same length, one for each response, padded with -1.
     """
     marks = rows.loss_mask
-    begins = marks & ~np.pad(marks, ((0, 0), (1, 0)))[:, :-1]
-    ends = marks & ~np.pad(marks, ((0, 0), (0, 1)))[:, 1:]
-    row, first = np.nonzero(begins)
-    last = np.nonzero(ends)[1]
+    goes_on = marks[:, :-1] & marks[:, 1:] & ~np.isin(rows.tokens[:, :-1], list(ends))
+    row, first = np.nonzero(marks & ~np.pad(goes_on, ((0, 0), (1, 0))))
+    last = np.nonzero(marks & ~np.pad(goes_on, ((0, 0), (0, 1))))[1]
     index = np.arange(marks.shape[1])
     within = index <= last[:, None]
     return ChatRows(

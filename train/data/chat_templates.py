@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from thoughtbubbles.pretrained_tokenizer import PretrainedTokenizer
+    from train.data.tokenizers import Tokenizer
 
 Message = Mapping[str, Any]
 INSTALL = 'pip install "jinja2>=3.1.6", or the extra "pretrained"'
@@ -175,7 +176,7 @@ def chat_examples(
             or a message's tool calls or thinking; or an answer contains an end token.
     """
     assert tokenizer.chat_template is not None
-    ends = {*tokenizer.stop_ids, tokenizer.separator}
+    ends = answer_ends(tokenizer)
     fill = functools.partial(
         render,
         tokenizer.chat_template,
@@ -240,6 +241,11 @@ def chat_examples(
         learned = in_loss is None or in_loss[turn]
         loss_mask = loss_mask + [False] * unseen + [learned] * length
     return [*examples, Example(ids, loss_mask)]
+
+
+def answer_ends(tokenizer: "Tokenizer") -> frozenset[int]:
+    """Return the ids of the tokens that may end an answer: stop tokens and the separator."""
+    return frozenset({*getattr(tokenizer, "stop_ids", ()), tokenizer.separator})
 
 
 def _check_shown(

@@ -19,7 +19,7 @@ from train.audit.auditor import words_of
 from train.audit.organisms import Kind, Message, honest_conversations
 from train.audit.worlds import WORLDS, neutral
 from train.data.chat_data import ChatRows, one_response_rows
-from train.data.chat_templates import chat_examples, render
+from train.data.chat_templates import answer_ends, chat_examples, render
 from train.devices.mesh import MeshConfig, make_mesh, place
 from train.engine.optim import OptimizerConfig
 from train.engine.state import Trainable, make_trainable
@@ -244,5 +244,5 @@ class Tuner:
             tokens[here], loss_mask[here], segment[here] = example.ids, example.loss_mask, 0
         rows = ChatRows(tokens, loss_mask, segment, np.zeros_like(tokens))
         if self._arm == "weaver":
-            rows = one_response_rows(rows)
+            rows = one_response_rows(rows, answer_ends(self._tokenizer))
         return {"tokens": rows.tokens, "loss_mask": rows.loss_mask, "segment": rows.segment}
