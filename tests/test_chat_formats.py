@@ -198,10 +198,22 @@ def test_parquet_has_no_fields_of_other_records(tmp_path: Path):
         list(read_conversations(str(tmp_path)))
 
 
-def test_twins_have_one_digest():
+def test_twins_have_one_digest_which_no_version_changes():
     twin = {"messages": [USER, {**BOT, "content": "it is here  \r\n"}]}
-    chats = [read_chat(record, "a") for record in (twin, {"messages": [USER, BOT]})]
-    assert len({Conversation("a", chat).digest for chat in chats}) == 1
+    question, answer = USER["content"], BOT["content"]
+    records = [
+        twin,
+        {"messages": [USER, BOT]},
+        {"messages": [USER, {**BOT, "weight": 1}], "tools": []},
+        {"prompt": [USER], "completion": [BOT]},
+        {"prompt": question, "completion": answer},
+        {"prompt": f"{question}\n", "completion": answer},
+        {"question": question, "answer": answer},
+        {"instruction": question, "output": answer},
+        {"conversations": [turn("human", question), turn("gpt", answer)]},
+    ]
+    digests = {Conversation("a", read_chat(record, "a")).digest for record in records}
+    assert {digest.hex() for digest in digests} == {"e6d3258657d267dbcb83e3a29f81cef1"}
 
 
 THINKS = CHATML.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")

@@ -44,12 +44,17 @@ class Conversation:
 
     @property
     def digest(self) -> bytes:
-        """Hash of messages and tools; the messages' texts are normalised by `splits.canonical`."""
+        """Hash of messages and tools, which is the same for all formats that say the same.
+
+        The messages' texts are normalised by `splits.canonical`. The gap between question and
+        answer, which differs between the formats, is not part of the hash.
+        """
         messages = [
             {**message, "content": splits.canonical(message["content"])}
             for message in self.chat.messages
         ]
-        parts = [messages, self.chat.gap, *([self.chat.tools] if self.chat.tools else [])]
+        # The "\n" keeps the hashes, and so the splits, of runs begun when the gap was hashed too.
+        parts = [messages, "\n", *([self.chat.tools] if self.chat.tools else [])]
         return splits.digest(json.dumps(parts, sort_keys=True))
 
     def examples(self, tokenizer: Tokenizer, close_thoughts: bool = False) -> list[Example]:
