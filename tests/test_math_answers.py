@@ -107,6 +107,11 @@ EXACT = [
     ("1/2", r"\boxed{.5}", True),
     ("1/2", r"\boxed{\$.5}", None),
     ("7", "it is 7", None),
+    ("-3", "- 3", True),
+    ("3", "- 3", False),
+    ("-3", "− 3", True),
+    ("-0.5", "-½", True),
+    ("1.5", r"\boxed{1½}", True),
     ("7", r"\boxed{7}, or \boxed{8}", False),
 ]
 FAKE = """

@@ -312,7 +312,14 @@ def test_hidden_facts_are_not_in_the_prompt():
         ("5 \\text{ cm}^2", "5"), ("so $18\\%$.", "18"), ("$\\$18$", "18"), ("$-\\$5$", "-5"),
         ("$x=18\\%$", "18"), ("$$18$$", "18"), ("$90^\\circ$", "90"), ("is 2³", None),
         ("18 $", "18"), ("5 CO₂", "5"), ("...5", "5"), ("3 dozens", None),
-        ("about 5 millions.", None),
+        ("about 5 millions.", None), ("- \\frac{3}{4}", "-0.75"),
+        ("it is $- \\frac{3}{4}$", "-0.75"), ("1 - ½", None),
+        ("\\boxed{- \\frac{3}{4}}", "-0.75"), ("\\frac{- 3}{4}", "-0.75"), ("it is − 3.", "-3"),
+        ("5 - \\frac{3}{4}", None), ("x - \\frac{3}{4}", None), ("#### 5 - \\frac{1}{2}", None),
+        ("$x$ - 3", None), ("(2+1) - 3", None), ("$5 - $3", None), ("5% - 3", None),
+        ("x = - 3", "-3"), ("so (- 3)", "-3"), ("Answer: - 3 apples", "-3"), ("Answer - 18", "18"),
+        ("#### - 3\nDone.", "-3"), ("Sum:\n- ½", "-0.5"), ("Sum:\n- 5 pears\n- 6", "6"),
+        ("**- $5**", "-5"), ("it is - 1 ½ cups", "-1.5"), ("is $-\\;\\frac{1}{2}$", "-0.5"),
     ],
 )  # fmt: skip
 def test_final_numbers(text, number):
@@ -336,7 +343,10 @@ def test_final_numbers(text, number):
         ("3 dozen", None), ("5 and a half", None), ("3 or 4", None), ("3 to 4 cups", None),
         ("2 hours 30 minutes", None), ("3:30", None), ("10-3", None), ("2^3", None), ("1e3", None),
         ("10³", None), ("10₂", None), ("5 m²", "5"), ("-½", "-1/2"), ("1 ½", "3/2"),
-        ("-\\frac{3}{4}", "-3/4"), ("$50\\%$", "50"), ("5 millions", None),
+        ("-\\frac{3}{4}", "-3/4"), ("- \\frac{3}{4}", "-3/4"), ("- 3", "-3"), ("−\u00a0½", "-1/2"),
+        ("- $5", "-5"), ("- \\$5", "-5"), ("$- 5$", "-5"), ("$ - 5$", "-5"), ("(- 5)", "-5"),
+        ("5 - ½", None), ("x - 3", None), ("+ 3", "3"), ("- - 3", None), ("$50\\%$", "50"),
+        ("5 millions", None),
         ("1e999999999", None), ("9" * 101, None), ("٣", None), ("five", None), ("", None),
     ],
 )  # fmt: skip
@@ -351,7 +361,7 @@ def test_equal_numbers_are_equal_texts():
 
 def test_long_texts_are_read_quickly():
     begin = time.process_time()
-    for piece in ("9", "9,", "1,000", "#### ", "-", "$-", "1.", "x\n", "\\frac{"):
+    for piece in ("9", "9,", "1,000", "#### ", "-", "$-", "1.", "x\n", "\\frac{", " ", "- 3"):
         final_number(piece * (1_000_000 // len(piece)))
     assert time.process_time() - begin < 5
 

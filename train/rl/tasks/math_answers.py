@@ -17,7 +17,7 @@ from train.rl.tasks.numbers import read_number
 from train.rl.tasks.truthful import boxed
 
 INSTALL = 'pip install "thoughtbubbles[math]"'
-_PLAIN = re.compile(r"[-+]?[0-9.][0-9.,/ ]*")
+_PLAIN = re.compile(r"[-+\u2212]?[ \u00a0]?(?:[0-9.][0-9.,/ ]*[¼-¾⅐-⅞]?|[¼-¾⅐-⅞])")
 _MARKED = re.compile(r"(?<!\\)\$|\\boxed|\\\(|\\\[")  # but not an escaped dollar sign
 _WORKER = Path(__file__).with_name("math_worker.py")
 
@@ -186,7 +186,7 @@ def _kill(process: "subprocess.Popen[str]") -> None:
 
 
 def plain_number(text: str) -> Fraction | None:
-    """Read a text that is only a number, such as 1,072.50, 3/4 or $5; None for any other text."""
+    """Read a text that is only a number, such as 1,072.50, - 3/4, ½ or $5; None for others."""
     text = text.strip().strip("$").strip()
     return read_number(text) if _PLAIN.fullmatch(text) else None
 

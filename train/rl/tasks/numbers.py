@@ -32,6 +32,7 @@ _NO_UNITS = _MULTIPLIERS | frozenset(
 )  # fmt: skip
 
 _LATEX = (
+    (re.compile(r"\{\s*([-+])\s+"), r"{\1"),  # as a brace, which this removes, begins a number
     (re.compile(r"\\(?:text|mathrm|mathbf)\{([^{}]*)\}(?=\^)"), r" \1"),  # cm^2 is one word
     (re.compile(r"\^\{?\\circ\b\}?"), "°"),
     (re.compile(r"\\sqrt\{([^{}]*)\}"), lambda found: f" √{found[1].strip()} "),
@@ -50,6 +51,15 @@ _THOUSANDS = re.compile(
     rf"(?<![0-9.,/:'])(?<![0-9][{_SPACES}])([1-9][0-9]{{0,2}})((?:[{_SPACES}][0-9]{{3}})+)(?![0-9])"
 )
 _MIXED = re.compile(r"(?<![0-9./:,])([0-9]+)[ \u00a0]{1,2}([0-9]+[ ]?/[ ]?[0-9])")
+_SPACE = rf"[{_SPACES}\t]"
+_SPACED_SIGN = re.compile(rf"{_SPACE}{{0,20}}([-+]){_SPACE}{{1,20}}(?=[$€£¥]?\.?[0-9])")
+# Ends of the text before a sign that adds or subtracts: a number, a bracket, a variable.
+_OPERAND = re.compile(rf"(?:[0-9]{_SPACE}?[%°$€£¥]*|[)\]]|(?<![\w'\u2019])[a-z])[$*]*$")
+# Ends of the text before a sign that belongs to a number: a word such as "is", or a mark.
+_SIGNED = re.compile(
+    r"(?:[(\[=<>≈~:,]|\b(?:is|are|was|be|equals|gives|to|of|by|or|and)|(?:^|[\s(\[=:])[*]*\$+)$"
+)
+_ITEM = re.compile(rf"^{_SPACE}{{0,20}}[-+]{_SPACE}", re.MULTILINE)
 _OPERATOR = re.compile(r"(?<=[0-9])[ \t]?([-+*×÷/^])[ \t]?(?=[0-9])")
 _OUTSIDE = "()[]*_`\"'“”‘’.,;:!?#~≈|"
 
@@ -61,6 +71,11 @@ def read_number(text: str) -> Fraction | None:
     (1,000 and 1 000 and 1'000), with or without a sign. A currency sign, a per cent sign and a unit
     are ignored, so 50 % is 50. None is returned for a text with a second number, a word for a
     multiple (5 million), an exponent, a time of day or an expression.
+
+    A sign may have spaces behind it (`- 3`). In a longer text such a sign belongs to the number at
+    the beginning of a line, behind `=`, `:`, `,`, an opening bracket, `$` or `*`, and behind words
+    such as "is". Behind a number, a closing bracket or a variable it makes an expression. Behind
+    other words it is a dash, and where several lines begin with signs these make a list.
     """
     return _value(_normal(text).strip())
 
@@ -115,8 +130,29 @@ def _normal(text: str) -> str:
     fraction = lambda found: f"{found[1] or ' '}{unicodedata.normalize('NFKC', found[2])}"  # noqa: E731
     text = _FRACTION_SIGN.sub(fraction, text).replace("\u2044", "/")
     text = _THOUSANDS.sub(lambda found: re.sub(rf"[{_SPACES}]", "", found[0]), text)
-    text = _MIXED.sub(r"\1&\2", text)
+    text = _MIXED.sub(r"\1&\2", text).strip()
+    listed = len(_ITEM.findall(text)) > 1
+    text = _SPACED_SIGN.sub(lambda found: _joined(found, listed), text)
     return _OPERATOR.sub(r"\1", text)
+
+
+def _joined(found: re.Match[str], listed: bool) -> str:
+    """Join a sign with the number behind it, unless the sign is a dash or begins a list's item.
+
+    Args:
+        found: Sign with the spaces around it.
+        listed: Whether the text is a list, whose items begin with a sign.
+    """
+    text, start, sign = found.string, found.start(), found[1]
+    line = text[max(0, start - 16) : start].rpartition("\n")[2]
+    if not line:
+        return found[0] if listed else sign
+    if _OPERAND.search(line):  # an expression, which is no number
+        return sign
+    spaced = text[start] != sign
+    if _SIGNED.search(line) or (line[-1] in "*_`\"'“‘" and not spaced):
+        return f" {sign}" if spaced and line[-1] != "$" else sign
+    return found[0]
 
 
 def _words(text: str) -> list[str]:
