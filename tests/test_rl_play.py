@@ -108,7 +108,7 @@ def test_an_environment_that_hangs_costs_its_limit_and_is_counted(formatter, kee
     assert [row.reward.info for row in rows] == [{"turns": 1, "timeouts": 1}] * 2
     assert all(row.reward.error == "no result after 0.02 seconds" for row in rows)
     begin = time.monotonic()
-    with pytest.raises(ValueError, match="hangs: 8 calls in a row .* --environment-limit-s 300"):
+    with pytest.raises(ValueError, match="hangs: 8 calls .* `rl` by --environment-limit-s 300"):
         collect(stuck, 40)
     assert time.monotonic() - begin < 10
     stuck.gate.set()

@@ -149,7 +149,8 @@ def shortest(tiles: str, most: int = 10**6) -> str:
             if after and len(path) + 1 < best.get(after, len(path) + 2):
                 if len(best) >= most:
                     raise ValueError(
-                        f"fifteen_puzzle: most={most} boards do not solve {tiles}: choose more"
+                        f"fifteen_puzzle: no solution of {tiles} within {most} boards: choose a "
+                        "smaller scramble or size"
                     )
                 best[after] = len(path) + 1
                 heapq.heappush(queue, (len(path) + 1 + distance(after), after, path + way))

@@ -353,12 +353,12 @@ class TimeLimited(EnvironmentWrapper):
         if pool is not None and pool.hanging >= _MOST_HANGING:
             raise ValueError(
                 f"{self.name} hangs: {pool.hanging} calls were cut and have not ended since: mend "
-                "it, or choose a larger limit, such as --environment-limit-s 300"
+                "it, or choose a larger limit, in `rl` by --environment-limit-s 300"
             )
         if len(self._reasons) >= _MOST_CUT:
             raise ValueError(
                 f"{self.name} hangs: {len(self._reasons)} calls in a row gave {self._reasons[-1]}: "
-                "mend it, or choose a larger limit, such as --environment-limit-s 300"
+                "mend it, or choose a larger limit, in `rl` by --environment-limit-s 300"
             )
 
     def problem(self, split: Split, index: int) -> Problem:
