@@ -26,6 +26,7 @@ from train.rl.scoring import safe_score
 from train.rl.tasks.probed import is_probe, read_probe, unsolved_problems
 from train.rl.tasks.truthful import (
     TruthfulTask,
+    abstains,
     boxed,
     normalized,
     outcome_value,
@@ -76,6 +77,7 @@ def score(task: Any, text: str, **options: Any) -> Reward:
         ("\\boxed{Rome}", "wrong"),
         ("\\boxed{I don't know}", "uncertain"),
         ("\\boxed{I DONT KNOW, maybe Paris}", "uncertain"),
+        ("\\boxed{I don't know why you ask, it is Paris}", "uncertain"),  # as in the paper
         ("I don't know: \\boxed{Paris}", "accuracy"),  # the box alone counts
         ("\\boxed{I don't know, an invalid question}", "uncertain"),  # in this order
         ("\\boxed{Invalid question!}", "wrong"),
@@ -94,6 +96,28 @@ def test_outcomes_are_told_in_order(text, outcome):
     assert found.verdict == found.value
     assert found.success == (outcome == "accuracy")
     assert found.info.get("scorer_errors", 0.0) == float("crash" in text)
+
+
+@pytest.mark.parametrize(
+    ("answer", "phrase", "found"),
+    [
+        ("No!", "no", True),
+        ("I say no more.", "No", True),
+        ("I know: north", "no", False),
+        ("It is unknown", "unknown", True),
+        ("The Unknowns", "unknown", False),
+        ("14", "?4", False),
+        ("so 4", "?4", True),
+        ("We don’t know.", "don't know", True),
+        ("не знаю", "не знаю", True),
+        ("не знают", "не знаю", False),
+        ("我不知道。", "不知道", True),  # no spaces between words
+        ("? or 4", "?", False),
+        (" ? \nor 4", "?", True),
+    ],
+)
+def test_a_phrase_that_abstains_is_no_part_of_a_word(answer, phrase, found):
+    assert abstains(answer, phrase) is found
 
 
 def test_without_a_box_the_response_is_the_answer():
