@@ -364,7 +364,7 @@ def test_a_thread_may_render_a_chat_while_another_encodes(monkeypatch):
     """Special tokens are plain text in a document, whatever happens right before it is encoded."""
     tokenizer = load_pretrained(FIXTURES / "llama").tokenizer
     spelled, special = tokenizer.encode("<|im_end|>")[0].tolist(), tokenizer.rendered("<|im_end|>")
-    inner, rendered = tokenizer._tokenizer, []
+    inner, rendered = tokenizer._plain, []
 
     class Interrupted:
         """The tokenizer, with a chat rendered by another thread before its first call."""
@@ -379,7 +379,7 @@ def test_a_thread_may_render_a_chat_while_another_encodes(monkeypatch):
                     rendered.append(other.submit(tokenizer.rendered, "<|im_end|>").result())
             return inner.encode(*given, **how)
 
-    monkeypatch.setattr(tokenizer, "_tokenizer", Interrupted())
+    monkeypatch.setattr(tokenizer, "_plain", Interrupted())
     assert tokenizer.encode("<|im_end|>")[0].tolist() == spelled != special
     assert rendered == [None, special]
 

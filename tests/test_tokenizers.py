@@ -12,6 +12,7 @@ import tokenizers
 from processes import PATIENCE, Process
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
+from thoughtbubbles.pretrained_tokenizer import PretrainedTokenizer
 from train import tokenizer as command
 from train.cli.command import run_command
 from train.data import (
@@ -150,7 +151,7 @@ def test_byte_counts_follow_the_tokens(bpe):
 def test_byte_counts_when_tokens_come_out_of_order(bpe, monkeypatch):
     encoding = SimpleNamespace(ids=[1, 2, 3, 4], offsets=[(0, 3), (1, 2), (2, 5), (0, 0)])
     stub = SimpleNamespace(encode=lambda *_, **__: encoding)
-    monkeypatch.setattr(bpe, "_tokenizer", stub)
+    monkeypatch.setattr(bpe, "_plain", stub)
     assert bpe.encode("aéb de")[1].tolist() == [4, 0, 2, 1]
 
 
@@ -172,6 +173,54 @@ def test_separator_is_skipped_and_never_encoded(bpe):
     assert bpe.separator not in ids
     marked = [bpe.separator, *ids, bpe.separator, -1]
     assert bpe.decode(marked) == "a<|endoftext|>b"
+
+
+SPECIAL = ("</s>", "<|im_end|>", "<unk>")
+LETTERS = "abcdeimnsh|<>_/\u2581"
+
+
+def spelling(kind: str) -> tokenizers.Tokenizer:
+    """A tokenizer whose model finds a special token in its own vocabulary, if it is allowed to."""
+    words = [*SPECIAL, *LETTERS, *(f"##{letter}" for letter in LETTERS), "</", "s>"]
+    vocabulary = {word: index for index, word in enumerate(words)}
+    merges = [("<", "/"), ("s", ">"), ("</", "s>")] if kind == "merges" else []
+    pieces = [(word, -5.0 if len(word) == 1 else 0.0) for word in words]  # as T5's
+    made = {
+        "unigram": lambda: models.Unigram(pieces, words.index("<unk>"), False),
+        "word level": lambda: models.WordLevel(vocabulary, "<unk>"),
+        "word piece": lambda: models.WordPiece(vocabulary, unk_token="<unk>"),
+        "merges": lambda: models.BPE(vocabulary, merges, unk_token="<unk>"),
+        "whole words": lambda: models.BPE(vocabulary, [], ignore_merges=True),
+    }
+    tokenizer = tokenizers.Tokenizer(made[kind]())
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.add_special_tokens(list(SPECIAL))
+    tokenizer.add_tokens(["<a>"])
+    return tokenizer
+
+
+@pytest.mark.parametrize("pretrained", [False, True])
+@pytest.mark.parametrize("kind", ["unigram", "word level", "word piece", "merges", "whole words"])
+def test_no_model_spells_a_special_token(kind: str, pretrained: bool, tmp_path):
+    path = tmp_path / "tokenizer.json"
+    made = spelling(kind)
+    made.save(str(path))
+    tokenizer = HuggingFaceTokenizer(path)
+    if pretrained:
+        tokenizer = PretrainedTokenizer(made.to_str(), stop_tokens=SPECIAL[:2])
+        assert tokenizer.rendered("</s><|im_end|>") == [0, 1], "a template may"
+        assert not {0, 1} & set(tokenizer.prompt("a </s>b"))
+    unknown = SPECIAL.index("<unk>")
+    for text in ("</s>", "<|im_end|>", "a </s> <|im_end|>b", "</s></s>"):
+        ids, sizes = tokenizer.encode(text)
+        assert not {0, 1} & set(ids.tolist()) and sizes.sum() == len(text)
+        if kind == "word level":
+            assert unknown in ids
+        else:
+            pieces = (made.id_to_token(id_).removeprefix("##") for id_ in ids.tolist())
+            assert "".join(pieces) == text.replace(" ", "")
+    plain = made.encode("a b <a> em n", add_special_tokens=False).ids
+    assert tokenizer.encode("a b <a> em n")[0].tolist() == plain
 
 
 @pytest.mark.parametrize("tokenizer", ["bytes", "bpe"])

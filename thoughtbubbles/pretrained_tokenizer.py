@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import json
+import secrets
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -75,7 +76,6 @@ class PretrainedTokenizer:
             raise ValueError(f"{name} is not a tokenizer.json: {why}") from error
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        self._tokenizer.encode_special_tokens = True  # spelled-out special tokens become plain text
         self._vocabulary = vocabulary = self._tokenizer.get_vocab()
         self.vocab_size = max(vocabulary.values(), default=-1) + 1
         self.embedding_rows = embedding_rows
@@ -184,13 +184,14 @@ class PretrainedTokenizer:
     def encode(self, text: str) -> tuple[np.ndarray, np.ndarray]:
         """Encode a text to `n` ids.
 
-        A special token that the text spells out is encoded as plain text.
+        A special token that the text spells out is encoded as plain text, or as the unknown token
+        if the vocabulary has no other tokens for it.
 
         Returns:
             Ids `[n]` int32, and number of UTF-8 bytes of each token `[n]` int32. Unless `n` is 0,
             these numbers sum to the number of bytes of the text.
         """
-        encoding = self._encoded(self._tokenizer, text, add_special_tokens=False)
+        encoding = self._encoded(self._plain, text, add_special_tokens=False)
         return np.array(self._known(encoding.ids), np.int32), bytes_of_tokens(
             text, encoding.offsets
         )
@@ -201,14 +202,14 @@ class PretrainedTokenizer:
         Those that it adds behind a text, such as EOS, are left out: they would end the text that is
         to be continued. A prompt without any ids becomes the separator alone.
         """
-        ids = self._encoded(self._tokenizer, text, add_special_tokens=self._wraps).ids
+        ids = self._encoded(self._plain, text, add_special_tokens=self._wraps).ids
         if self._wraps:
             ids = ids[: len(ids) - self._behind]
         return self._known(ids) or [self.separator]
 
     def rendered(self, text: str) -> list[int]:
         """Encode a text, such as a rendered chat template, whose special tokens are spelled out."""
-        encoding = self._encoded(self._with_special_tokens, text, add_special_tokens=False)
+        encoding = self._encoded(self._tokenizer, text, add_special_tokens=False)
         return self._known(encoding.ids)
 
     def _encoded(self, tokenizer: Any, text: str, **options: Any) -> Any:
@@ -224,11 +225,8 @@ class PretrainedTokenizer:
         return ids
 
     @functools.cached_property
-    def _with_special_tokens(self) -> Any:
-        # A second tokenizer, because the flag belongs to the object, which threads share.
-        copy = type(self._tokenizer).from_str(self._tokenizer.to_str())
-        copy.encode_special_tokens = False
-        return copy
+    def _plain(self) -> Any:
+        return spelling_tokenizer(self._tokenizer)
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """Decode ids to text, leaving out special tokens and negative ids (padding).
@@ -255,6 +253,35 @@ class PretrainedTokenizer:
     def to_pretrained(self) -> "PretrainedTokenizer":
         """Return this tokenizer itself, as `AnyTokenizer` requires."""
         return self
+
+
+def spelling_tokenizer(tokenizer: Any) -> Any:
+    """Copy a tokenizer so that special tokens that a text spells out are encoded as plain text.
+
+    A model may find a special token in its own vocabulary, as a word, as a piece with a high score,
+    or by merges. In the copy the special tokens, except for the unknown token, have random names
+    there, and no merges.
+
+    Args:
+        tokenizer: A `tokenizers.Tokenizer`.
+    """
+    fields = json.loads(tokenizer.to_str())
+    model, added = fields["model"], fields["added_tokens"]
+    special = {token["content"] for token in added if token["special"]}
+    own = special & tokenizer.get_vocab(with_added_tokens=False).keys()
+    if hidden := {token: secrets.token_hex(16) for token in own - {model.get("unk_token")}}:
+        fields["added_tokens"] = [token for token in added if token["content"] not in hidden]
+        if isinstance(model["vocab"], dict):
+            model["vocab"] = {hidden.get(token, token): i for token, i in model["vocab"].items()}
+        else:  # a Unigram model has a list of pairs
+            model["vocab"] = [[hidden.get(token, token), score] for token, score in model["vocab"]]
+        if "merges" in model:
+            model["merges"] = [
+                pair for pair in model["merges"] if not {*pair, "".join(pair)} & hidden.keys()
+            ]
+    copy = type(tokenizer).from_str(json.dumps(fields))
+    copy.encode_special_tokens = True
+    return copy
 
 
 def encoded(tokenizer: Any, text: str, name: str, **options: Any) -> Any:

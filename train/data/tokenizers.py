@@ -15,6 +15,7 @@ from thoughtbubbles.pretrained_tokenizer import (
     byte_level_bpe,
     bytes_of_tokens,
     encoded,
+    spelling_tokenizer,
 )
 from train.data.config import DataError
 
@@ -147,7 +148,7 @@ class HuggingFaceTokenizer:
         self._separator_token = known[0]
         # A document that spells out "<|endoftext|>" is a document, not two.
         self._tokenizer.add_special_tokens([known[0]])
-        self._tokenizer.encode_special_tokens = True
+        self._plain = spelling_tokenizer(self._tokenizer)
         self.separator: int = vocabulary[known[0]]
         self.vocab_size: int = max(vocabulary.values()) + 1
 
@@ -156,7 +157,7 @@ class HuggingFaceTokenizer:
         return _fingerprint(self._json)
 
     def encode(self, text: str) -> tuple[np.ndarray, np.ndarray]:
-        encoding = encoded(self._tokenizer, text, self.name, add_special_tokens=False)
+        encoding = encoded(self._plain, text, self.name, add_special_tokens=False)
         ids = np.array(encoding.ids, np.int32)
         return ids, bytes_of_tokens(text, encoding.offsets)
 
