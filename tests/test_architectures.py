@@ -9,10 +9,12 @@ import json
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 import pytest
+from contracts import EXAMPLES, make_example
 from flax import nnx
 from test_pretrain import mistake, run_here
 from tiny import BASE
@@ -34,6 +36,7 @@ from thoughtbubbles.testing import (
     assert_decoder_cached_is_parallel,
     assert_decoder_causal,
 )
+from thoughtbubbles.typed_json import required_options
 from train import evaluate, generate, sft
 from train.aot.config import presets
 from train.aot.fitting import remedies
@@ -70,12 +73,16 @@ SMALL: dict[str, ArchitectureConfig] = {
         vocab_size=64, embed_dim=16, num_neurons=64, num_layers=2, num_heads=2
     ),
 }
-"""Small configs of the library's entries; of others the defaults, with 64 tokens, are taken."""
+"""Small configs of the library's entries; of others the defaults or `--example`, with 64 tokens."""
 
 
-def small(name: str) -> ArchitectureConfig:
-    default = ARCHITECTURES[name].config_class
-    return SMALL[name] if name in SMALL else default(vocab_size=64)  # pyright: ignore
+def small(name: str) -> Any:
+    if name in SMALL:
+        return SMALL[name]
+    config: Any = ARCHITECTURES[name].config_class
+    if name not in EXAMPLES and required_options(config) == {"vocab_size"}:
+        return config(vocab_size=64)
+    return dataclasses.replace(make_example(name, config, "architecture"), vocab_size=64)
 
 
 @pytest.fixture(scope="module", autouse=True)

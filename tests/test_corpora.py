@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+from contracts import example
 
-from train.cli.calls import required_options
 from train.data import (
     SOURCES,
     DataConfig,
@@ -250,14 +250,13 @@ def test_tfds_data_are_found_where_tfds_keeps_them(tmp_path, monkeypatch):
 
 # Sources: what each promises
 
-EXAMPLES = {"files": "files(path={folder!r})", "tfds": "tfds(name='lambada')"}
+WRITTEN = {"files": "files(path='FOLDER')", "tfds": "tfds(name='lambada')"}
 """How a source is written that has no default for some option."""
 
 
 @pytest.mark.parametrize("name", SOURCES)
 def test_batches_of_every_source_depend_on_the_step_alone(name, tmp_path, monkeypatch):
     """Not on the number of hosts, on a resume, or on what the cache holds."""
-    assert name in EXAMPLES or not required_options(SOURCES[name]), "write an example"
     documents = [f"{number} {some_text(random.Random(number))}" for number in range(30)]
     folder = tmp_path / "folder"
     folder.mkdir()
@@ -268,7 +267,8 @@ def test_batches_of_every_source_depend_on_the_step_alone(name, tmp_path, monkey
     if name == "tfds":
         store(monkeypatch, "lambada", tmp_path, {"train": documents}, "passage")
         monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
-    text = EXAMPLES.get(name, name).format(folder=str(folder))
+    written = WRITTEN.get(name, "").replace("FOLDER", str(folder))
+    text = written or example(name, SOURCES[name])
     config, other = (
         DataConfig(text, seq_len=8, validation=0.3, cache_dir=str(tmp_path / cache))
         for cache in ("first", "second")

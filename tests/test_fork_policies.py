@@ -1,11 +1,13 @@
 """Promises that every fork policy keeps: ours, those on the command line, and a user's own."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from contracts import make_example
 from flax import nnx
 
 from thoughtbubbles import Fork, ModelConfig, PolicyDefaults, PrefixRank, Streams, Threshold, TopK
@@ -77,8 +79,7 @@ class Loud(PolicyDefaults):
         return jnp.where(candidates.forced, candidates.log_score, candidates.log_score / 2)
 
 
-EVERY = {
-    **{name: policy() for name, policy in POLICIES.items()},
+OWN = {
     "window, burst": PrefixRank(1.5, window=3, burst=2),
     "no gate": Threshold(1.5, gate=False, offset=0.1),
     "streams": TopK(streams=20),
@@ -87,38 +88,46 @@ EVERY = {
 }
 
 
+def made(name: str) -> Any:
+    """A policy of the registry by its name, or one of those above."""
+    return OWN[name] if name in OWN else make_example(name, POLICIES[name], "policy")
+
+
 # Settings are in test_policies.py, `streams` in test_forking.py; they run here too with
 # `python -m pytest -m experiment tests/test_fork_policies.py`.
 SETTINGS = ("window, burst", "no gate", "streams")
-NAMES = [pytest.param(name, marks=[pytest.mark.experiment] * (name in SETTINGS)) for name in EVERY]
+EACH = (*POLICIES, *OWN)
+NAMES = [pytest.param(name, marks=[pytest.mark.experiment] * (name in SETTINGS)) for name in EACH]
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_budget_holds_and_originals_live(name):
-    assert_budget(EVERY[name])
+    assert_budget(made(name))
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_causal_policy_does_not_see_later_tokens(name):
-    if EVERY[name].causal:
-        assert_causal(EVERY[name])
+    policy = made(name)
+    if policy.causal:
+        assert_causal(policy)
     else:
         with pytest.raises(AssertionError, match="depends on later tokens"):
-            assert_causal(EVERY[name])
+            assert_causal(policy)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_row_in_parts_is_the_whole_row(name):
-    if hasattr(EVERY[name], "keep_next"):
-        assert_cached_is_parallel(EVERY[name])
+    policy = made(name)
+    if hasattr(policy, "keep_next"):
+        assert_cached_is_parallel(policy)
     else:
         with pytest.raises(ValueError, match=r"has no init_state\(\) and keep_next\(\)"):
-            assert_cached_is_parallel(EVERY[name])
+            assert_cached_is_parallel(policy)
 
 
 @pytest.mark.parametrize("name", POLICIES)
 def test_a_policy_is_written_as_it_prints(name):
-    policy = POLICIES[name]()
+    policy = made(name)
     if has_ratio := hasattr(policy, "ratio"):
         policy = dataclasses.replace(policy, ratio=1.5)  # pyright: ignore[reportCallIssue]
     assert policy_from_text(repr(policy)) == policy

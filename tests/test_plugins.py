@@ -26,6 +26,81 @@ def test_a_plugin_that_is_missing_is_one_line(tmp_path: Path):
     assert line.startswith("ERROR: plugin 'no_such': No module named 'no_such': name a module")
 
 
+def test_an_example_of_no_entry_is_one_line(tmp_path: Path):
+    found = run(tmp_path, "--example", "no_such(a=1)", "tests/test_plugins.py", "--collect-only")
+    [line] = found.stderr.strip().splitlines()
+    assert line.startswith("ERROR: --example 'no_such(a=1)': no registry has an entry 'no_such'")
+
+
+def test_a_plugin_may_be_a_folder_of_the_working_directory(tmp_path: Path):
+    """Which pytest takes for a path at first, so that it does not look for `tests/conftest.py`."""
+    found = run(tmp_path, "--plugin", "memgen", "--collect-only", "-o", f"testpaths={__file__}")
+    assert found.returncode == 0 and "test_plugins.py" in found.stdout, found.stderr
+
+
+NEEDY = '''
+import dataclasses
+from typing import ClassVar
+from train.rl.environments import ENVIRONMENTS
+from train.rl.learning.losses import LOSSES, ClippedLoss
+from train.rl.tasks import TASKS
+from train.rl.tasks.strings import Copy
+from train.rl.types import Problem, Turn
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Given(Copy):
+    """Copying texts of a given length."""
+    word: ClassVar[str] = "given"
+    length: int = dataclasses.field()
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Scaled(ClippedLoss):
+    """The clipped loss with an option that nobody reads."""
+    word: ClassVar[str] = "scaled"
+    scale: float
+
+@dataclasses.dataclass(frozen=True)
+class Bare:
+    """An environment that inherits nothing, and has no players."""
+    word: ClassVar[str] = "bare"
+    name: ClassVar[str] = "bare"
+    sizes: ClassVar[dict] = {"train": 3, "test": 1}
+    seed: int = dataclasses.field(default=0, repr=False)
+    def problem(self, split, index):
+        return Problem(f"{split}-{index}", f"{index} of {split}? ", index)
+    def reset(self, problem):
+        return problem.answer
+    def step(self, state, action):
+        right = action.text == str(state)
+        return Turn(state, "no", float(right), True, False, right)
+
+TASKS["given"] = Given
+LOSSES["scaled"] = Scaled
+ENVIRONMENTS["bare"] = Bare
+'''
+
+
+def test_an_entry_that_needs_options_fails_alone_until_they_are_given(tmp_path: Path):
+    """Nor does an environment without players or without our base stop any other."""
+    (tmp_path / "needy.py").write_text(NEEDY)
+    files = [f"tests/test_rl_{name}.py" for name in ("tasks", "environments", "losses", "methods")]
+    words = ("--plugin", "needy", "-rA", "-k", "given or scaled or bare or hanoi", *files)
+    found = run(tmp_path, *words).stdout
+    failed = re.findall(r"^FAILED .*\[(.*)\]", found, re.MULTILINE)
+    assert set(failed) == {"given", "scaled", "loss-scaled"} and " error" not in found, found
+    for call in ("given(length=...)", "scaled(scale=...)"):
+        name = call.partition("(")[0]
+        line = f"{name} has options without a default: say how tests shall make it, by --example"
+        assert f'{line} "{call}" with values for ...' in found
+    assert "bare has no random_action, scripted_action: players are optional" in found
+    assert "bare does not derive from GeneratedEnvironment, whose rules these are" in found
+    passed = re.findall(r"^PASSED .*::(.*)\[(.*)\]", found, re.MULTILINE)
+    assert {"bare", "hanoi"} <= {name for _, name in passed}
+    examples = ("--example", "given(length=3)", "--example=scaled(scale=2)")
+    found = run(tmp_path, *words, *examples)
+    assert found.returncode == 0, found.stdout[-3000:]
+
+
 @pytest.mark.experiment  # a minute; after a change of a contract or of an example of these pages
 def test_the_entries_of_the_pages_keep_all_contracts(tmp_path: Path):
     blocks = []

@@ -12,9 +12,11 @@ from typing import Any, ClassVar, cast
 import jax
 import numpy as np
 import pytest
+from contracts import example
 from rl_runs import Dies, job, rewards, timeless, trajectories
 from rl_tiny import Vowels
 
+from thoughtbubbles.typed_json import required_options
 from train.cli import main as entry
 from train.cli.calls import text_of
 from train.cli.command import parse
@@ -59,14 +61,14 @@ class RankGRPO(GRPO):
         return Ranks()
 
 
-EVERY = {**METHODS, "own_ranks_grpo": RankGRPO}
-ESTIMATORS = {
-    **{f"method {word}": RLConfig(method=method()) for word, method in EVERY.items()},
-    **{f"advantage {word}": RLConfig(advantage=word) for word in ADVANTAGES},
-    "advantage own_ranks": RLConfig(advantage=Ranks(2.0)),
-}
+EVERY = (*METHODS, "own_ranks_grpo")
+ESTIMATORS = [
+    *(("method", word) for word in EVERY),
+    *(("advantage", word) for word in (*ADVANTAGES, "own_ranks")),
+]
 EACH = [(kind, word) for kind, (_, registry) in KINDS.items() for word in registry]
 REQUIRED = {"overlong": "buffer=8"}
+OWN = {"own_ranks_grpo": RankGRPO(), "own_ranks": Ranks(2.0)}
 PAGE = Path(__file__).parents[1] / "docs" / "architecture.md"
 [PARTS] = re.findall(
     r"```python\n((?:(?!```).)*STRATEGIES\[.*?)```", PAGE.read_text(), flags=re.DOTALL
@@ -81,7 +83,21 @@ def advantages_of(config: RLConfig, rows: list[Trajectory]) -> list[np.ndarray]:
 
 
 def made(kind: str, word: str) -> Any:
-    return part_from_text(kind, f"{word}({REQUIRED.get(word, '')})")
+    """A method or a part of the registry by its name, or one of those above."""
+    if word in OWN:
+        return OWN[word]
+    if word in REQUIRED:
+        return part_from_text(kind, f"{word}({REQUIRED[word]})")
+    return part_from_text(kind, example(word, KINDS[kind][1][word]))
+
+
+def made_method(word: str, **options: Any) -> Any:
+    return dataclasses.replace(made("method", word), **options)
+
+
+def estimator(kind: str, word: str) -> RLConfig:
+    options: dict[str, Any] = {kind: made(kind, word)}
+    return RLConfig(**options)
 
 
 @pytest.mark.parametrize(("kind", "word"), EACH)
@@ -110,13 +126,15 @@ def test_a_part_has_a_line_in_the_help(kind, word):
 
 @pytest.mark.parametrize("word", EVERY)
 def test_a_method_is_a_preset_of_parts(word):
-    method = EVERY[word](kl=0.5, clip_high=0.3)
+    method = made_method(word, kl=0.5, clip_high=0.3)
     config = RLConfig(method=method)
     assert config.recipe.word == word and type(method).__doc__
     assert config.parts.advantage == method.advantage
     assert (config.parts.loss.kl, config.parts.loss.clip_high) == (0.5, 0.3)
+    if required_options(type(method)):
+        return  # of a part, perhaps, which then may not be replaced
     other = RLConfig(
-        method=EVERY[word](), advantage="rloo", loss="clipped(kl=0.25)", allocator="uniform",
+        method=made_method(word), advantage="rloo", loss="clipped(kl=0.25)", allocator="uniform",
         strategy="turns(max_turns=3)",
     )  # fmt: skip
     assert other.parts.advantage == LeaveOneOut()
@@ -170,9 +188,9 @@ def test_shaping_changes_no_success_and_knows_no_order(word):
     np.testing.assert_allclose(again, found[order], rtol=1e-12)
 
 
-@pytest.mark.parametrize("name", ESTIMATORS)
-def test_the_order_of_rows_changes_nothing(name):
-    config = ESTIMATORS[name]
+@pytest.mark.parametrize(("kind", "word"), ESTIMATORS)
+def test_the_order_of_rows_changes_nothing(kind, word):
+    config = estimator(kind, word)
     rows = trajectories(OUTCOMES)
     found = advantages_of(config, rows)
     assert [len(advantage) for advantage in found] == [len(row.tokens) for row in rows]
@@ -183,9 +201,9 @@ def test_the_order_of_rows_changes_nothing(name):
     assert max(np.abs(advantage).max() for advantage in found) > 0.1
 
 
-@pytest.mark.parametrize("name", ESTIMATORS)
-def test_better_rewards_get_higher_advantages_and_equal_ones_none(name):
-    config = ESTIMATORS[name]
+@pytest.mark.parametrize(("kind", "word"), ESTIMATORS)
+def test_better_rewards_get_higher_advantages_and_equal_ones_none(kind, word):
+    config = estimator(kind, word)
     rows = trajectories(OUTCOMES)
     acted = [advantage[-1] for advantage in advantages_of(config, rows)]
     for group in range(len(OUTCOMES)):
@@ -207,7 +225,7 @@ def test_advantages_are_clipped_and_those_of_a_strategy_are_kept(word):
     rows = trajectories(OUTCOMES)
     own = np.full(len(rows[0].tokens), 7.0)
     rows[0] = dataclasses.replace(rows[0], advantages=own)
-    found = advantages_of(RLConfig(method=EVERY[word](advantage_clip=0.1)), rows)
+    found = advantages_of(RLConfig(method=made_method(word, advantage_clip=0.1)), rows)
     assert found[0] is own
     assert max(np.abs(advantage).max() for advantage in found[1:]) == pytest.approx(0.1)
 
@@ -289,12 +307,12 @@ def test_a_plugin_adds_a_method(tmp_path: Path, monkeypatch, capsys):
 def test_a_method_improves_and_goes_on_bit_for_bit_after_a_kill(tmp_path, word):
     """On an easy task, in a few steps; the killed run repeats step 3 and ends as the whole one."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    found = train(job(whole, EVERY[word]()))
+    found = train(job(whole, made_method(word)))
     assert np.mean(rewards(whole)[-2:]) > rewards(whole)[0] + 0.15
     with pytest.raises(KeyboardInterrupt):
-        train(job(killed, EVERY[word](), Dies(killed)))
+        train(job(killed, made_method(word), Dies(killed)))
     assert len(rewards(killed)) == 3
-    assert train(job(killed, EVERY[word]())) == found
+    assert train(job(killed, made_method(word))) == found
     assert timeless(killed) == timeless(whole)
     ours, theirs = (load_params(folder)[1] for folder in (killed, whole))
     jax.tree.map(np.testing.assert_array_equal, ours, theirs)

@@ -16,7 +16,9 @@ from typing import Any
 import fake_gem
 import numpy as np
 import pytest
+from contracts import example, is_ours
 
+from train.cli.plugins import OPTION
 from train.rl.environments import ENVIRONMENTS
 from train.rl.named_tasks import make_task, tasks_help
 from train.rl.scoring import safe_score, safe_step
@@ -45,37 +47,43 @@ def say(problem: Problem, text: str) -> Completion:
 
 
 SHOW = """
-import importlib
 import sys
-from train.rl.named_tasks import make_task, tasks_help
-modules, *specs = sys.argv[1:]
-for module in modules.split():
-    importlib.import_module(module)
-for spec in specs:
+from train.cli.plugins import load_plugins
+from train.rl.named_tasks import make_task
+for spec in load_plugins(sys.argv[1:]):
     task = make_task(spec, 3)
     print([task.problem(s, i) for s in ("train", "test") for i in (0, 1)])
 """
 
 
-def test_problems_are_the_same_in_another_process():
-    plugged = [word for word, kind in TASKS.items() if not kind.__module__.startswith("train.")]
-    specs = [*GENERATED, *plugged, *(word for word in ENVIRONMENTS if word != "gem")]
-    # Those of plugins too.
-    modules = {kind.__module__ for kind in (*TASKS.values(), *ENVIRONMENTS.values())}
+KINDS = {**TASKS, **ENVIRONMENTS}
+PLUGGED = [word for word, kind in KINDS.items() if not is_ours(kind)]
+SUITE = [word for word in ENVIRONMENTS if word != "gem"]  # which needs a package
+
+
+@pytest.mark.parametrize("plugged", [None, *PLUGGED])
+def test_problems_are_the_same_in_another_process(plugged, pytestconfig):
+    """All of the library in one process, and each of a plugin in one of its own."""
+    if plugged is None:
+        specs = [*GENERATED, *(word for word in SUITE if word not in PLUGGED)]
+    else:
+        specs = [example(plugged, KINDS[plugged])]
+    plugins = [f"{OPTION}={name}" for name in pytestconfig.getoption(OPTION)]
     shown = subprocess.run(
-        [sys.executable, "-c", SHOW, " ".join(modules), *specs],
+        [sys.executable, "-c", SHOW, *specs, *plugins],
         env={
             **os.environ,
             "PYTHONHASHSEED": "1",  # here it is another
             "PYTHONPATH": os.pathsep.join(sys.path),
         },
-        capture_output=True, text=True, check=True,
-    ).stdout  # fmt: skip
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert not shown.returncode, shown.stderr
     tasks = [make(spec, 3) for spec in specs]
     here = "".join(
         f"{[task.problem(s, i) for s in ('train', 'test') for i in (0, 1)]}\n" for task in tasks
     )
-    assert shown == here
+    assert shown.stdout == here
 
 
 @pytest.mark.parametrize("spec", GENERATED)
@@ -120,7 +128,7 @@ def made(tmp_path, monkeypatch) -> Callable[..., Any]:
                                for n in range(60)))  # fmt: skip
     needed = {"gsm8k": f"gsm8k:{path}", "math": f"math:{numbers}",
               "reasoning_gym": "reasoning_gym:doubles", "gem": "gem:guess"}  # fmt: skip
-    return lambda word, seed=0: make(needed.get(word, word), seed)
+    return lambda word, seed=0: make(needed.get(word) or example(word, KINDS[word]), seed)
 
 
 def some(task: Any, split: str, count: int = 40) -> list[Problem]:
@@ -135,7 +143,7 @@ def arbitrary_texts() -> list[str]:
     return [*ADVERSARIAL, *drawn, *ascii, *(str(number) for number in range(-3, 12))]
 
 
-@pytest.mark.parametrize("word", [*TASKS, *ENVIRONMENTS])
+@pytest.mark.parametrize("word", KINDS)
 def test_every_task_is_determined_and_holds_problems_out(made, word):
     state = global_randomness()
     task, again, other = made(word), made(word), made(word, 1)

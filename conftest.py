@@ -1,4 +1,8 @@
-"""Settings that every test shares; the environment must be set before jax is first imported."""
+"""Settings that every test shares; the environment must be set before jax is first imported.
+
+It is not in `tests/`, so that pytest knows `--plugin mine` where `mine` is a folder too: it takes
+the word for a path, and then reads this file alone before the options.
+"""
 
 import gc
 import itertools
@@ -22,6 +26,8 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 import jax  # noqa: E402 (reads the environment)
+from contracts import OPTION as EXAMPLE  # noqa: E402
+from contracts import take_examples  # noqa: E402
 from ledger import Ledger  # noqa: E402
 
 from train.cli.plugins import OPTION, load_plugins  # noqa: E402
@@ -38,13 +44,22 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="MODULE",
         help="import a module that adds to registries, so that tests hold its entries to contracts",
     )
+    parser.addoption(
+        EXAMPLE,
+        action="append",
+        default=[],
+        metavar="CALL",
+        help='how contracts make an entry whose options have no defaults, such as "mine(size=3)"',
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(Ledger(), "ledger")
-    if names := config.getoption(OPTION):
+    names, texts = config.getoption(OPTION), config.getoption(EXAMPLE)
+    if names or texts:
         try:
-            load_plugins([OPTION, *names])
+            load_plugins([OPTION, *names] if names else [])
+            take_examples(texts)
         except ValueError as error:
             raise pytest.UsageError(str(error)) from None
 
