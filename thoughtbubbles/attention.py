@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
-from thoughtbubbles.recompute import once_known
+from thoughtbubbles.recompute import ATTENTION, once_known
 
 if TYPE_CHECKING:
     from jax import Array
@@ -350,8 +351,9 @@ def _attend_again(*arrays):
 def _forward(*arrays):
     blocks = [_block(arrays, *ends) for ends in _blocks(arrays[0].shape[3])]
     parts, normalisers = zip(*(_in_tiles(*block) for block in blocks), strict=True)
-    mixed = slots_first(jnp.concatenate(parts, axis=3))
-    return mixed, (arrays, mixed, jnp.concatenate(normalisers, axis=3))
+    mixed = checkpoint_name(slots_first(jnp.concatenate(parts, axis=3)), ATTENTION)
+    normaliser = checkpoint_name(jnp.concatenate(normalisers, axis=3), ATTENTION)
+    return mixed, (arrays, mixed, normaliser)
 
 
 def _backward(residuals, gradient):

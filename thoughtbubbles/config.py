@@ -92,8 +92,8 @@ class ModelConfig(ArchitectureConfig):
         fractional_positions: Whether the streams of a token have fractional rotary positions.
         dtype: Dtype of the computation; parameters are float32 by default.
         scan_layers: Whether the blocks between fork layers run in a scan, which compiles faster.
-        remat: Activations recomputed in the backward pass: "none", all but matrix products
-            ("dots", which on a CPU saves memory only with `scan_layers`), or all of them ("full").
+        remat: Activations recomputed in the backward pass: "none", all but the results of linear
+            layers and of large attention ("dots"), or all of them ("full").
     """
 
     vocab_size: int

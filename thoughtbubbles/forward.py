@@ -31,7 +31,7 @@ from thoughtbubbles.layers import Block, Fork, Geometry, Mix, norm_of
 from thoughtbubbles.placement import AnyArray, embedding_rows
 from thoughtbubbles.policy import Policy
 from thoughtbubbles.quantisation import Int8Weight
-from thoughtbubbles.recompute import recomputed
+from thoughtbubbles.recompute import POLICIES, recomputed
 from thoughtbubbles.rows import real_ids
 from thoughtbubbles.sampling import log_prob_of
 from thoughtbubbles.short_repr import ShortRepr
@@ -39,11 +39,6 @@ from thoughtbubbles.sites import Visit, plan_of
 from thoughtbubbles.streams import Streams
 from thoughtbubbles.transposed import TransposedKernel
 from thoughtbubbles.weights import weight, without_layers
-
-REMAT_POLICIES = {
-    "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-}
 
 
 @jax.tree_util.register_dataclass
@@ -355,14 +350,13 @@ class ForkingDecoder(Architecture):
         if self.config.scan_layers and self.unstacked is None:
             step = lambda streams, layer: (run(streams, layer, where), None)  # noqa: E731
             if remat != "none":
-                step = jax.checkpoint(step, policy=REMAT_POLICIES[remat], prevent_cse=False)
+                step = jax.checkpoint(step, policy=POLICIES[remat], prevent_cse=False)
             stack = jax.tree.map(lambda leaf: leaf[start:end], self.blocks)
             flags = None if rotary[0] is None else jnp.array(rotary)
             return jax.lax.scan(step, streams, (stack, flags))[0]
-        if remat == "full" and mix is None:
-            run = recomputed(run)
-        elif remat != "none":
-            run = jax.checkpoint(run, policy=REMAT_POLICIES[remat])
+        if remat != "none":
+            again = jax.checkpoint if mix else recomputed  # `mix` may hold tracers
+            run = again(run, policy=POLICIES[remat])
         for layer in zip(self._layers(start, end), rotary, strict=True):
             streams = run(streams, layer, where)
         return streams

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +10,16 @@ import jax
 import jax.numpy as jnp
 
 from thoughtbubbles.streams import Streams
+
+ATTENTION = "attention"
+"""Name of the arrays of attention that `remat="dots"` stores (`jax.ad_checkpoint`)."""
+POLICIES = {
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        jax.checkpoint_policies.save_only_these_names(ATTENTION),
+    ),
+}
 
 
 def once_known(values: jax.Array, gradient: jax.Array) -> jax.Array:
@@ -21,7 +32,7 @@ def once_known(values: jax.Array, gradient: jax.Array) -> jax.Array:
 
     Args:
         values: Values `[...]` from which the backward pass recomputes results.
-        gradient: Gradient of any result with the same shape as the values.
+        gradient: Gradient of any result, of a shape that broadcasts to that of the values.
 
     Returns:
         The same values.
@@ -39,25 +50,35 @@ def _zeros_of(values: jax.Array) -> jax.Array:
     return jnp.where(jnp.isfinite(values), 0 * values, 0)
 
 
-def recomputed(run: Callable[..., Streams]) -> Callable[..., Streams]:
-    """Wrap a block so that only its input is stored for the backward pass, on every backend.
+def recomputed(run: Callable[..., Streams], policy: Callable[..., Any]) -> Callable[..., Streams]:
+    """Wrap a block so that the backward pass recomputes activations, on every backend.
 
     Args:
         run: Function of streams and further arrays that returns streams of the same shape. Arrays
             that need a gradient must be arguments, not closure variables.
+        policy: Policy of `jax.checkpoint`: which activations are stored.
 
     Returns:
         Function with the arguments, the result and the gradients of `run`.
     """
+    checkpointed = jax.checkpoint(run, policy=policy, prevent_cse=False)  # `once_known` does
 
-    def forward(streams: Streams, *arrays: Any) -> tuple[Streams, Any]:
-        return run(streams, *arrays), (streams, *arrays)
+    def backward(pull: Any, gradient: Streams) -> Any:
+        batch, slots, _ = gradient.x.shape
+        some = gradient.x[..., 0]
 
-    def backward(inputs: Any, gradient: Streams) -> Any:
-        streams, *arrays = inputs
-        streams = streams.replace(x=once_known(streams.x, gradient.x))
-        return jax.vjp(run, streams, *arrays)[1](gradient)
+        def known(stored: jax.Array) -> jax.Array:
+            if not jnp.issubdtype(stored.dtype, jnp.floating):
+                return stored
+            for of_slots in ((batch, slots), (batch * slots,)):  # products are of two axes
+                rank = len(of_slots)
+                if stored.shape[:rank] == of_slots:
+                    ones = [1] * (stored.ndim - rank)
+                    return once_known(stored, some.reshape(*of_slots, *ones))
+            return stored  # a weight
+
+        return jax.tree.map(known, pull)(gradient)
 
     block = jax.custom_vjp(run)
-    block.defvjp(forward, backward)
+    block.defvjp(functools.partial(jax.vjp, checkpointed), backward)
     return block
