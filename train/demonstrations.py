@@ -36,8 +36,10 @@ class DemonstrationsConfig:
         form: Content of a completion: "answer" is the answer after an empty thought, "thoughts" is
             the reasoning alone, whose last word is the answer, and "both" is reasoning and answer.
         battery: Folder for held-out demonstrations, one file VARIANT.jsonl for each variant; none
-            are written by default. Keep this folder apart from the training file, because sft reads
-            all files of a folder.
+            are written by default. They are for the held-out loss of `sft --data.validation-path`,
+            which takes the folder or one of its files; the command `battery` makes its problems
+            itself. Keep this folder apart from the training file, because sft reads all files of a
+            folder.
         battery_count: Number of states in each held-out file.
         seed: Seed of the order of problems and of the sampled names.
     """
