@@ -7,9 +7,24 @@ from pathlib import Path
 
 import pytest
 
+from thoughtbubbles.policies import POLICIES
+from train.cli.plugins import load_plugins
+from train.rl.environments import ENVIRONMENTS
+from train.rl.named_tasks import make_task
+from train.rl.tasks import TASKS
+from train.rl.tasks.strings import Copy
+
 ROOT = Path(__file__).parents[1]
-CONTRACTS = ("fork_policies", "architectures", "rl_methods", "rl_losses", "rl_tasks",
-             "rl_environments", "corpora")  # fmt: skip
+OF_PAGES = {
+    "fork_policies": ["EvenTokens"],
+    "architectures": ["recurrent"],
+    "rl_methods": ["ranks", "rank_grpo", "unsolved", "second_chance"],
+    "rl_losses": [],
+    "rl_tasks": ["twice", "countdown"],
+    "rl_environments": ["countdown"],
+    "corpora": ["sums"],
+}
+"""Entries that the pages write, for each file of contracts that holds them."""
 
 
 def run(folder: Path, *words: str) -> "subprocess.CompletedProcess[str]":
@@ -101,6 +116,56 @@ def test_an_entry_that_needs_options_fails_alone_until_they_are_given(tmp_path: 
     assert found.returncode == 0, found.stdout[-3000:]
 
 
+def copied(name: str, word: str = "copy") -> str:
+    """A plugin whose one task is Copy by another name."""
+    return (
+        "import dataclasses\n"
+        "from train.rl.tasks import TASKS\n"
+        "from train.rl.tasks.strings import Copy\n"
+        "@dataclasses.dataclass(frozen=True, kw_only=True)\n"
+        "class Mine(Copy):\n"
+        f"    word = {word!r}\n"
+        f"TASKS[{name!r}] = Mine\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("module", "text", "message"),
+    [
+        (
+            "own_copy",
+            copied("copy"),
+            "task 'copy' is Copy of the library: register Mine by another",
+        ),
+        ("own_dash", copied("my-task"), "task 'my-task': choose a name of letters, digits and"),
+        ("string", copied("own"), r"plugin 'string' is .*/string.py, which hides string.py in "),
+        ("time", copied("own"), "plugin 'time' is a part of Python, which hides time.py in "),
+    ],
+)
+def test_names_that_are_taken_are_one_line(module, text, message, tmp_path, monkeypatch):
+    (tmp_path / f"{module}.py").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    with pytest.raises(ValueError, match=message) as error:
+        load_plugins(["--plugin", module])
+    assert "\n" not in str(error.value)
+
+
+def test_a_name_means_one_thing(monkeypatch):
+    """In registries, and in the options that a run saves."""
+    mine = type("Mine", (Copy,), {})
+    with pytest.raises(ValueError, match="policy 'TopK' is TopK of the library"):
+        POLICIES["TopK"] = mine
+    again = type("Mine", (Copy,), {})
+    for entry in (mine, again):
+        monkeypatch.setitem(TASKS, "own_copy", entry)  # as a cell of a notebook that is run again
+    with pytest.raises(ValueError, match="task 'own_copy' has the name 'copy', which a run would"):
+        make_task("own_copy", 0)
+    monkeypatch.setitem(ENVIRONMENTS, "own_copy", mine)
+    with pytest.raises(ValueError, match="own_copy is a task and an environment: register one"):
+        make_task("copy", 0)
+
+
 @pytest.mark.experiment  # a minute; after a change of a contract or of an example of these pages
 def test_the_entries_of_the_pages_keep_all_contracts(tmp_path: Path):
     blocks = []
@@ -109,10 +174,12 @@ def test_the_entries_of_the_pages_keep_all_contracts(tmp_path: Path):
         found = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
         blocks += [block for block in found if re.search(r'^[A-Z]+\["', block, re.MULTILINE)]
     (tmp_path / "of_pages.py").write_text("\n\n".join(blocks))
-    files = [f"tests/test_{name}.py" for name in CONTRACTS]
+    files = [f"tests/test_{name}.py" for name in OF_PAGES]
     found = run(tmp_path, "--plugin", "of_pages", *files)
     assert found.returncode == 0, found.stdout[-3000:]
     shown = run(tmp_path, "--plugin", "of_pages", *files, "--collect-only").stdout
-    policies, parts = ("EvenTokens",), ("rank_grpo", "unsolved", "second_chance")
-    for word in (*policies, *parts, "recurrent", "twice", "countdown", "sums"):
-        assert re.search(rf"[\[-]{word}\]", shown), word
+    for file, words in OF_PAGES.items():
+        held = {word for word in words if re.search(rf"test_{file}.py::.*[[-]{word}\]", shown)}
+        assert held == set(words), file
+    entries = re.findall(r'^[A-Z]+\["(\w+)"\]', "\n".join(blocks), re.MULTILINE)
+    assert sorted(entries) == sorted({word for words in OF_PAGES.values() for word in words})

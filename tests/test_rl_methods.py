@@ -268,35 +268,46 @@ def test_one_reward_shaping_needs_no_tuple():
 
 def test_a_plugin_adds_a_method(tmp_path: Path, monkeypatch, capsys):
     """In a folder with a train.py of its own: `test_command.py`."""
-    (tmp_path / "mine.py").write_text(
+    (tmp_path / "own_plugin.py").write_text(
         "import dataclasses\n"
         "from typing import ClassVar\n"
         "from train.rl.methods import GRPO, METHODS\n"
         "@dataclasses.dataclass(frozen=True)\n"
         "class Mine(GRPO):\n"
-        "    word: ClassVar[str] = 'mine'\n"
+        "    word: ClassVar[str] = 'own_method'\n"
         "    strength: float = 1.0\n"
-        "METHODS['mine'] = Mine\n"
+        "METHODS['own_method'] = Mine\n"
         "from train.rl.rollout.budgets import ALLOCATORS, Uniform\n"
         "@dataclasses.dataclass(frozen=True)\n"
         "class Half(Uniform):\n"
         "    'The same for half of the problems.'\n"
-        "    word: ClassVar[str] = 'half'\n"
-        "ALLOCATORS['half'] = Half\n"
+        "    word: ClassVar[str] = 'own_half'\n"
+        "ALLOCATORS['own_half'] = Half\n"
     )
-    words = ["--plugin", "mine", "--method", "mine(strength=2)", "--allocator", "half"]
+    words = [
+        "--plugin",
+        "own_plugin",
+        "--method",
+        "own_method(strength=2)",
+        "--allocator",
+        "own_half",
+    ]
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["thoughtbubbles", "rl", "--task", "help", *words])
     monkeypatch.setattr(sys, "path", [*sys.path])
-    for registry, word in ((METHODS, "mine"), (ALLOCATORS, "half"), (sys.modules, "mine")):
+    for registry, word in (
+        (METHODS, "own_method"),
+        (ALLOCATORS, "own_half"),
+        (sys.modules, "own_plugin"),
+    ):
         monkeypatch.setitem(registry, word, None)  # so that it is taken out again
-    del sys.modules["mine"]
+    del sys.modules["own_plugin"]
     try:
         entry.main()
     except SystemExit as left:
         assert not left.code
     assert "reverse(" in capsys.readouterr().out
-    assert METHODS["mine"] and ALLOCATORS["half"]
+    assert METHODS["own_method"] and ALLOCATORS["own_half"]
 
 
 # Here parts are looked at without a run; test_rl_run runs dapo, test_rl_ppo a value head,

@@ -536,10 +536,12 @@ def test_a_task_needs_no_seed_and_its_own_may_be_written(monkeypatch):
     @dataclasses.dataclass(frozen=True)
     class Seedless:
         size: int = 1
+        name = "seedless"
 
     @dataclasses.dataclass(frozen=True)
     class Seeded:
         seed: int = 0
+        name = "seeded"
 
     monkeypatch.setitem(TASKS, "seedless", Seedless)
     monkeypatch.setitem(TASKS, "seeded", Seeded)

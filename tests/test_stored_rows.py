@@ -14,7 +14,7 @@ from tiny import SMALL, quick_model
 from train.cli.config_json import as_json
 from train.data import ByteTokenizer, DataConfig, DataError, prepare, stored_rows
 from train.data.mixture import JoinedRows
-from train.data.sources import SOURCES, Files
+from train.data.sources import SOURCES, Files, StandardLibrary
 from train.evaluation import held_out
 from train.evaluation.held_out import validation_rows
 from train.models.load import LoadedRun
@@ -148,7 +148,10 @@ def test_a_run_goes_on_under_another_python_with_the_rows_that_it_has(
     prepared = prepare(data)
     # As if the texts were the library of the Python that runs.
     texts = Path(data.corpus)
-    library = dataclasses.make_dataclass("Library", [("path", str, str(texts))], bases=(Opened,))
+    library = dataclasses.make_dataclass(
+        "StandardLibrary", [("path", str, str(texts))], bases=(Opened,),
+        namespace={"__module__": StandardLibrary.__module__},  # whose name no other may have
+    )  # fmt: skip
     monkeypatch.setitem(SOURCES, "stdlib", library)
     config = RunConfig(model=SMALL, data=dataclasses.replace(data, corpus="stdlib"), out="run")
     fingerprint = prepare(config.data).fingerprint

@@ -16,6 +16,7 @@ from flax import nnx
 from thoughtbubbles.module import Module, abstract_module
 from thoughtbubbles.parameters import with_params
 from thoughtbubbles.placement import AnyArray
+from thoughtbubbles.registry import Registry
 from thoughtbubbles.rows import left_align, nats_of, next_tokens, real_ids, restore_alignment
 from thoughtbubbles.sampling import log_prob_of
 
@@ -417,16 +418,12 @@ class Architecture(Module):
         return with_params(build, params, shardings)
 
 
-ARCHITECTURES: dict[str, type[Architecture]] = {}
+ARCHITECTURES = Registry[Architecture]("architecture", {})
 """Mapping from a name in configs and in `--architecture` to the architecture class."""
 
 
 def architecture_of(config: Any) -> type[Architecture]:
-    """Return the architecture class of a config.
-
-    Raises:
-        ValueError: Not exactly one entry of `ARCHITECTURES` has configs of this class.
-    """
+    """Return the architecture class of a config, whose name is as `architecture_name` finds it."""
     return ARCHITECTURES[architecture_name(config)]
 
 

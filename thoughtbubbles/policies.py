@@ -13,6 +13,7 @@ from thoughtbubbles.fields import LARGEST
 from thoughtbubbles.placement import broadcast_beside
 from thoughtbubbles.policy import Candidates, PolicyDefaults
 from thoughtbubbles.ranking import NO_TOKEN, at_least, best, prefix_ranks, ranks_among
+from thoughtbubbles.registry import Registry
 from thoughtbubbles.short_repr import ShortRepr
 
 HIGHEST_THRESHOLD = 0.999
@@ -432,7 +433,7 @@ def _times(ratio: Fraction, tokens):
     return whole * tokens + rest * tokens // ratio.denominator
 
 
-POLICIES: dict[str, type[Any]] = {
-    policy.__name__: policy for policy in (TopK, PrefixRank, Threshold)
-}
+POLICIES = Registry[Any](
+    "policy", {policy.__name__: policy for policy in (TopK, PrefixRank, Threshold)}
+)
 """Fork policies that configs can name, by class name."""

@@ -8,6 +8,7 @@ import os
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from train.cli.entries import check_entries
@@ -28,7 +29,8 @@ def load_plugins(words: Sequence[str]) -> list[str]:
         have no field `plugin`.
 
     Raises:
-        ValueError: `--plugin` names no module, or a module does not exist or fails to import.
+        ValueError: `--plugin` names no module, or a module does not exist, fails to import, or is
+            another than the one of this name in the working directory.
     """
     names, others = _named(words)
     if not all(names):
@@ -51,6 +53,7 @@ def load_plugins(words: Sequence[str]) -> list[str]:
                 f"plugin {name!r} failed: {type(error).__name__}: {text} "
                 f"({frame.filename}, line {frame.lineno})"
             ) from error
+        _check_origin(_root(name))
     if names:
         check_entries()
     return others
@@ -64,6 +67,21 @@ def join_plugins(words: Sequence[str]) -> list[str]:
 
 def _root(name: str) -> str:
     return name.partition(".")[0]
+
+
+def _check_origin(name: str) -> None:
+    """Raise a ValueError if a module hides one of the same name in the working directory.
+
+    Args:
+        name: Name of an imported module, without dots.
+    """
+    here = [path for path in (Path(f"{name}.py"), Path(name, "__init__.py")) if path.is_file()]
+    found = getattr(sys.modules[name], "__file__", None)
+    if here and not (found and any(path.samefile(found) for path in here)):
+        raise ValueError(
+            f"plugin {name!r} is {found or 'a part of Python'}, which hides {here[0]} in "
+            f"{os.getcwd()}: rename that"
+        )
 
 
 def plugin_options(names: Sequence[str]) -> str:

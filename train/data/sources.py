@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import Any, Protocol
 
+from thoughtbubbles.registry import Registry
 from train.cli.calls import from_text, required_options
 from train.data.config import DataError
 from train.data.corpus import Corpus
@@ -76,7 +77,7 @@ class Tfds:
         return TfdsCorpus(f"tfds:{self.name}", validation, cache)
 
 
-SOURCES: dict[str, type[Any]] = {"stdlib": StandardLibrary, "files": Files, "tfds": Tfds}
+SOURCES = Registry[Any]("corpus", {"stdlib": StandardLibrary, "files": Files, "tfds": Tfds})
 """Mapping from a source's name on the command line to its class; a `--plugin` may add sources."""
 
 

@@ -14,7 +14,15 @@ _AFTER_COLON = {"gsm8k": "path", "math": "path", "reasoning_gym": "dataset", "ge
 
 
 def tasks_by_name() -> Mapping[str, type[Any]]:
-    """Return the classes of all tasks and environments by name."""
+    """Return the classes of all tasks and environments by name.
+
+    Raises:
+        ValueError: A plugin's task and an environment have one name.
+    """
+    if both := TASKS.keys() & ENVIRONMENTS.keys():
+        raise ValueError(
+            f"{min(both)} is a task and an environment: register one of them by another name"
+        )
     return {**TASKS, **ENVIRONMENTS}
 
 
@@ -59,7 +67,7 @@ def make_task(spec: str, seed: int) -> Task | Environment:
 
     Raises:
         ValueError: The seed is negative, there is no such task or option, a value is invalid, or
-            the task of a plugin is not a dataclass.
+            the task of a plugin is not a dataclass or has another name.
     """
     if seed < 0:
         raise ValueError(f"seed={seed}: choose 0 or more")
@@ -74,4 +82,10 @@ def make_task(spec: str, seed: int) -> Task | Environment:
     if chosen is not None:
         check_dataclass("task", name, chosen)
     seeded = chosen is not None and "seed" in {field.name for field in dataclasses.fields(chosen)}
-    return from_text(text, tasks_by_name(), "task", **({"seed": seed} if seeded else {}))
+    made = from_text(text, tasks_by_name(), "task", **({"seed": seed} if seeded else {}))
+    if made.name.partition("(")[0].partition(":")[0] != name:
+        raise ValueError(
+            f"task {name!r} has the name {made.name!r}, which a run would save: register it by its "
+            "word"
+        )
+    return made

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from thoughtbubbles.registry import Registry
 from train.rl.environments.calculator import Calculator
 from train.rl.environments.fifteen_puzzle import FifteenPuzzle
 from train.rl.environments.game_2048 import Game2048
@@ -17,20 +18,23 @@ from train.rl.environments.sokoban_variants import SokobanVariants
 
 __all__ = ["ENVIRONMENTS"]
 
-ENVIRONMENTS: dict[str, type[Any]] = {
-    environment.word: environment
-    for environment in (
-        GuessNumber,
-        Mastermind,
-        Minesweeper,
-        Sokoban,
-        SokobanVariants,
-        GeneralPoints,
-        Hanoi,
-        FifteenPuzzle,
-        Game2048,
-        Calculator,
-        SearchQA,
-        Gem,
-    )
-}
+ENVIRONMENTS = Registry[Any](
+    "environment",
+    {
+        environment.word: environment
+        for environment in (
+            GuessNumber,
+            Mastermind,
+            Minesweeper,
+            Sokoban,
+            SokobanVariants,
+            GeneralPoints,
+            Hanoi,
+            FifteenPuzzle,
+            Game2048,
+            Calculator,
+            SearchQA,
+            Gem,
+        )
+    },
+)

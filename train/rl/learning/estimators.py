@@ -6,6 +6,7 @@ from typing import ClassVar, Literal
 
 import numpy as np
 
+from thoughtbubbles.registry import Registry
 from train.rl.learning import advantages
 from train.rl.learning.credit import (
     spread_over_tokens,
@@ -264,10 +265,13 @@ class GAE(Advantage):
         ]
 
 
-ADVANTAGES: dict[str, type[Advantage]] = {
-    advantage.word: advantage
-    for advantage in (
-        GroupNormalized, GroupCentered, LeaveOneOut, BatchNormalized, ReturnBatchNormalized,
-        TreeCentered, GAE,
-    )
-}  # fmt: skip
+ADVANTAGES = Registry[Advantage](
+    "advantage",
+    {
+        advantage.word: advantage
+        for advantage in (
+            GroupNormalized, GroupCentered, LeaveOneOut, BatchNormalized, ReturnBatchNormalized,
+            TreeCentered, GAE,
+        )
+    },
+)  # fmt: skip

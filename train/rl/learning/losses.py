@@ -12,6 +12,8 @@ from typing import ClassVar, Literal, get_args
 import jax
 import jax.numpy as jnp
 
+from thoughtbubbles.registry import Registry
+
 Aggregate = Literal["sequence", "token", "constant"]
 
 # Differences of log-probabilities are clipped to plus and minus this bound before `exp`.
@@ -256,7 +258,7 @@ class ClippedLoss(PolicyLoss):
 LOSS_OPTIONS = tuple(field.name for field in dataclasses.fields(ClippedLoss))
 """Names of the options of the clipped loss, which are also options of each method."""
 
-LOSSES: dict[str, type[PolicyLoss]] = {loss.word: loss for loss in (ClippedLoss,)}
+LOSSES = Registry[PolicyLoss]("loss", {loss.word: loss for loss in (ClippedLoss,)})
 
 
 def _cut(difference: jax.Array) -> jax.Array:

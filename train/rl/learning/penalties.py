@@ -7,6 +7,7 @@ from typing import Any, ClassVar, get_args
 import numpy as np
 
 from memgen.invocations import Rate, Scope, invocation_penalty
+from thoughtbubbles.registry import Registry
 from train.cli.calls import text_of
 from train.rl.tasks.probed import unsolved_problems
 from train.rl.tasks.truthful import Reasoning, truthful
@@ -205,9 +206,9 @@ class Ternary(RewardShaping):
         return truthful(task, self, unsolved_problems(self.probe, task) if self.probe else None)
 
 
-REWARDS: dict[str, type[RewardShaping]] = {
-    shaping.word: shaping for shaping in (OverlongPenalty, InvocationPenalty, Ternary)
-}
+REWARDS = Registry[RewardShaping](
+    "reward", {shaping.word: shaping for shaping in (OverlongPenalty, InvocationPenalty, Ternary)}
+)
 
 
 def overlong_penalty(

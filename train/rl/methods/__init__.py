@@ -1,5 +1,6 @@
 """Methods of reinforcement learning by name, one file each: `--method "dapo(clip_high=0.3)"`."""
 
+from thoughtbubbles.registry import Registry
 from train.rl.methods.brorl import BroRL
 from train.rl.methods.dapo import DAPO
 from train.rl.methods.deepsearch import DeepSearch
@@ -32,10 +33,13 @@ __all__ = [
     "TruthRL",
 ]
 
-METHODS: dict[str, type[Method]] = {
-    method.word: method
-    for method in (
-        GRPO, DrGRPO, RLOO, DAPO, ReinforcePP, ReBN, TriggerGRPO, KnapsackGRPO, BroRL, TruthRL,
-        DeepSearch, PPO,
-    )
-}  # fmt: skip
+METHODS = Registry[Method](
+    "method",
+    {
+        method.word: method
+        for method in (
+            GRPO, DrGRPO, RLOO, DAPO, ReinforcePP, ReBN, TriggerGRPO, KnapsackGRPO, BroRL, TruthRL,
+            DeepSearch, PPO,
+        )
+    },
+)  # fmt: skip

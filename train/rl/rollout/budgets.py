@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from thoughtbubbles.registry import Registry
 from train.rl.rollout import knapsack
 
 
@@ -191,6 +192,6 @@ def budget_metrics(classes: Sequence[str], counts: Sequence[int]) -> dict[str, f
     return means | {"budget/most": max(counts)}
 
 
-ALLOCATORS: dict[str, type[BudgetAllocator]] = {
-    allocator.word: allocator for allocator in (Uniform, Knapsack)
-}
+ALLOCATORS = Registry[BudgetAllocator](
+    "allocator", {allocator.word: allocator for allocator in (Uniform, Knapsack)}
+)

@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Self, TypeVar, cast
 
 import numpy as np
 
+from thoughtbubbles.registry import Registry
 from train.rl.environments.stepping import TimeLimited, TimeLimits
 from train.rl.protocols import Environment, Task
 from train.rl.rollout.episodes import (
@@ -342,6 +343,6 @@ class Turns(RolloutStrategy):
         ]
 
 
-STRATEGIES: dict[str, type[RolloutStrategy]] = {
-    strategy.word: strategy for strategy in (OneResponse, Turns)
-}
+STRATEGIES = Registry[RolloutStrategy](
+    "strategy", {strategy.word: strategy for strategy in (OneResponse, Turns)}
+)

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from thoughtbubbles.registry import Registry
 from train.rl.tasks.arithmetic import Arithmetic, ChainSum
 from train.rl.tasks.gsm8k import GSM8K
 from train.rl.tasks.hidden_facts import HiddenFacts
@@ -11,17 +12,20 @@ from train.rl.tasks.strings import Copy, Reverse, Sort
 
 __all__ = ["TASKS"]
 
-TASKS: dict[str, type[Any]] = {
-    task.word: task
-    for task in (
-        Arithmetic,
-        ChainSum,
-        Copy,
-        Reverse,
-        Sort,
-        HiddenFacts,
-        GSM8K,
-        MathProblems,
-        ReasoningGym,
-    )  # fmt: skip
-}
+TASKS = Registry[Any](
+    "task",
+    {
+        task.word: task
+        for task in (
+            Arithmetic,
+            ChainSum,
+            Copy,
+            Reverse,
+            Sort,
+            HiddenFacts,
+            GSM8K,
+            MathProblems,
+            ReasoningGym,
+        )  # fmt: skip
+    },
+)
