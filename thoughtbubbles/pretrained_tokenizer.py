@@ -209,8 +209,25 @@ class PretrainedTokenizer:
 
     def rendered(self, text: str) -> list[int]:
         """Encode a text, such as a rendered chat template, whose special tokens are spelled out."""
+        return self.rendered_spans(text)[0]
+
+    def rendered_spans(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Encode a text as `rendered`; also return where each token's text begins and ends."""
         encoding = self._encoded(self._tokenizer, text, add_special_tokens=False)
-        return self._known(encoding.ids)
+        return self._known(encoding.ids), encoding.offsets
+
+    def added_tokens(self) -> list[str]:
+        """Return the added tokens, which are found in a text before it is split into words."""
+        return [token.content for token in self._tokenizer.get_added_tokens_decoder().values()]
+
+    def splits(self) -> dict[int, str]:
+        """Map id to text for the added tokens that are found whatever is around them."""
+        found = self._tokenizer.get_added_tokens_decoder().items()
+        return {
+            id_: token.content
+            for id_, token in found
+            if not (token.normalized or token.single_word)
+        }
 
     def _encoded(self, tokenizer: Any, text: str, **options: Any) -> Any:
         return encoded(tokenizer, text, self.name, **options)

@@ -9,12 +9,17 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from train.data.growing_ids import GrowingIds
+
 if TYPE_CHECKING:
     from thoughtbubbles.pretrained_tokenizer import PretrainedTokenizer
     from train.data.tokenizers import Tokenizer
 
 Message = Mapping[str, Any]
 INSTALL = 'pip install "jinja2>=3.1.6", or the extra "pretrained"'
+
+FEW_ANSWERS = 2
+"""Number of answers up to which a template is rendered separately for each."""
 
 TRAINING_DAY = datetime.datetime(2026, 1, 1)
 """Date that templates print in training: a fixed date, so that a resumed run has the same rows."""
@@ -154,7 +159,9 @@ def chat_examples(
 
     The ids before each answer are exactly those of `chat_ids`. The ids of the answer follow, up to
     and including its first end token. An answer is encoded on its own where one token would span
-    the boundary between prompt and answer.
+    the boundary between prompt and answer. If the template goes through the messages in one loop
+    that looks at no later message (`template_turns`), the time grows linearly with the number of
+    turns, otherwise quadratically.
 
     Usually one example holds the whole conversation. A template may render an earlier answer
     differently once a later turn follows (without its thinking block, for instance), or the text
@@ -177,23 +184,23 @@ def chat_examples(
     """
     assert tokenizer.chat_template is not None
     ends = answer_ends(tokenizer)
-    fill = functools.partial(
-        render,
+    text_of = _texts(
         tokenizer.chat_template,
+        messages,
         bos_token=tokenizer.bos,
         eos_token=tokenizer.eos,
         now=TRAINING_DAY,
         source=f"the chat template of {tokenizer.name}",
         **({"tools": list(tools)} if tools else {}),
     )
+    encode = GrowingIds(tokenizer).encode
     examples: list[Example] = []
     ids: list[int] = []
     loss_mask: list[bool] = []
     for turn, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        prompt = fill(messages=messages[:turn])
-        text = fill(messages=messages[: turn + 1], add_generation_prompt=False)
+        prompt, text = text_of(turn, True), text_of(turn + 1, False)
         opened = re.search(r"<think>\s*$", prompt)
         if opened and not text.startswith(prompt) and text.startswith(prompt[: opened.start()]):
             begun = text[opened.start() :].lstrip()
@@ -216,8 +223,7 @@ def chat_examples(
                 "prompt"
             )
         _check_shown(tokenizer.name, prompt, text, message, turn, tools)
-        before = tokenizer.rendered(prompt)
-        whole = tokenizer.rendered(text)
+        before, whole = encode(prompt), encode(text)
         follows = whole[: len(before)] == before
         answer = whole[len(before) :] if follows else tokenizer.rendered(text[len(prompt) :])
         length = next((index + 1 for index, token in enumerate(answer) if token in ends), None)
@@ -241,6 +247,38 @@ def chat_examples(
         learned = in_loss is None or in_loss[turn]
         loss_mask = loss_mask + [False] * unseen + [learned] * length
     return [*examples, Example(ids, loss_mask)]
+
+
+def _texts(
+    template: str, messages: Sequence[Message], **options: Any
+) -> Callable[[int, bool], str]:
+    """Return a function that renders the first messages, with a generation prompt or without.
+
+    The texts before and after each answer come from one pass through the template if it allows
+    that (`template_turns`); the texts of the last answer are compared with those of `render`.
+    """
+
+    def text_of(count: int, asks: bool) -> str:
+        return render(template, messages[:count], add_generation_prompt=asks, **options)
+
+    answers = [turn for turn, message in enumerate(messages) if message["role"] == "assistant"]
+    if len(answers) <= FEW_ANSWERS:
+        return text_of
+    limits = _limits()
+    from train.data.template_turns import beginnings  # jinja2 is installed
+
+    wanted: dict[int, list[bool]] = {}
+    for turn in answers:
+        wanted.setdefault(turn - 1, []).append(True)
+        wanted.setdefault(turn, []).append(False)
+    names = options.keys() - {"now", "source"}
+    given, characters = _plain(messages, {name: options[name] for name in names})
+    with limits.limited(given, characters):
+        fast = beginnings(template, given, wanted, strftime_now=_strftime(options["now"]))
+    last = (answers[-1], True), (answers[-1] + 1, False)
+    if fast is None or any(fast(*which) != text_of(*which) for which in last):
+        return text_of
+    return lambda count, asks: fast(count, asks) if count else text_of(count, asks)
 
 
 def answer_ends(tokenizer: "Tokenizer") -> frozenset[int]:
@@ -331,25 +369,33 @@ def render(
         ValueError: The template has a mistake, tries to leave the sandbox, exceeds its limits or
             refuses the messages; or jinja2 is not installed.
     """
-    given = {"messages": list(messages), "tools": None, "documents": None}
-    text = json.dumps(given | {n: value for n, value in variables.items() if value is not None})
-    given = json.loads(text)
-    moment = now or datetime.datetime.now()
+    given, characters = _plain(messages, variables)
+    strftime_now = _strftime(now or datetime.datetime.now())
     limits = _limits()  # outside of try: a missing package is no error of the template
-
-    def strftime_now(form: str) -> str:  # not a bound method, which would lead to more
-        if len(form) > 100:
-            raise ValueError(f"strftime_now takes up to 100 characters, not {len(form)}")
-        return moment.strftime(form)
-
     try:
-        with limits.limited(given, len(text)):
+        with limits.limited(given, characters):
             return _compiled(template).render(
                 given, add_generation_prompt=add_generation_prompt, strftime_now=strftime_now
             )
     except Exception as error:  # a template can raise whatever Python can
         why = (str(error).splitlines() or [""])[0] or type(error).__name__
         raise ValueError(f"{source} fails: {why[:300]}") from error
+
+
+def _plain(messages: Sequence[Message], variables: Mapping[str, Any]) -> tuple[Any, int]:
+    """Copy the variables of a template as JSON, and count the characters."""
+    given = {"messages": list(messages), "tools": None, "documents": None}
+    text = json.dumps(given | {n: value for n, value in variables.items() if value is not None})
+    return json.loads(text), len(text)
+
+
+def _strftime(moment: datetime.datetime) -> Callable[[str], str]:
+    def strftime_now(form: str) -> str:  # not a bound method, which would lead to more
+        if len(form) > 100:
+            raise ValueError(f"strftime_now takes up to 100 characters, not {len(form)}")
+        return moment.strftime(form)
+
+    return strftime_now
 
 
 @functools.lru_cache(maxsize=8)
