@@ -17,10 +17,10 @@ from jax.core import Tracer
 
 from memgen.checks import check_rows, checked_ids, checked_lengths, on_host
 from memgen.delimiters import is_boundary
-from memgen.events import Decoders, Grouping, Loop, memory_event
+from memgen.events import Decoders, Grouping, Loop, grouping_of, memory_event
 from memgen.insertion import Plan, assemble, check_replay, stream_length
 from memgen.model import MemGen, check_memgen
-from memgen.placement import AnyArray, embed, placed_beside, row_shards
+from memgen.placement import AnyArray, embed, placed_beside
 from memgen.request import (
     KeepMemory,
     Request,
@@ -262,7 +262,11 @@ def _observe(memgen, session, tokens, length) -> Session:
 
 
 def respond(
-    memgen: MemGen, session: Session, request: Request, capacity: int
+    memgen: MemGen,
+    session: Session,
+    request: Request,
+    capacity: int,
+    grouping: Grouping | None = None,
 ) -> tuple[Response, Session]:
     """Generate a response in each row, with latent memory where the policy invokes the weaver.
 
@@ -275,6 +279,8 @@ def respond(
         request: Options of the response (`make_request`).
         capacity: Number of new tokens that the response's arrays hold (static); a smaller
             `request.max_new_tokens` ends the response earlier. 0 leaves all rows unchanged.
+        grouping: Rows that weave in one forward pass of the weaver, which decides the cost alone
+            (static); by default `grouping_of` chooses.
 
     Returns:
         The response, and the extended session.
@@ -299,7 +305,7 @@ def respond(
     if not isinstance(request.max_new_tokens, Tracer):
         new = np.minimum(capacity, on_host(request.max_new_tokens))
         check_capacity(session, new, _most_latents(memgen, request))
-    return _respond(memgen, session, request, capacity, grouping_of(session))
+    return _respond(memgen, session, request, capacity, grouping or grouping_of(session))
 
 
 def _most_latents(memgen: MemGen, request: Request) -> Any:
@@ -312,24 +318,6 @@ def _most_latents(memgen: MemGen, request: Request) -> Any:
     events = on_host(request.events)
     left = (config.max_inference_events - events) * config.weaver.inference_latents
     return np.where(events < 0, config.max_latents, left)
-
-
-def grouping_of(session: Session) -> Grouping:
-    """Choose how many rows of a session weave in one forward pass of the weaver.
-
-    On an accelerator, an eighth of each shard's rows weave together, because a forward pass over a
-    few rows takes as long as over one row. On a CPU the pass takes longer, so one row of each shard
-    weaves at a time. A batch that is traced with `AxisType.Auto` mesh axes counts as one shard.
-    """
-    count = session.count
-    if isinstance(count, Tracer):
-        shards, platform = row_shards(count), jax.default_backend()
-    else:
-        count = jnp.asarray(count)
-        (shard,) = count.sharding.shard_shape(count.shape)
-        shards, platform = count.shape[0] // shard, next(iter(count.devices())).platform
-    rows = 1 if platform == "cpu" else max(1, count.shape[0] // shards // 8)
-    return Grouping(shards, rows)
 
 
 @functools.partial(jax.jit, static_argnames=("capacity", "grouping"), donate_argnames="session")

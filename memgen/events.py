@@ -7,10 +7,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 from memgen.insertion import INFERENCE, PROMPT
 from memgen.model import MemGen
-from memgen.placement import broadcast_beside, embed, placed_beside
+from memgen.placement import broadcast_beside, embed, placed_beside, row_shards
 from memgen.request import Request
 from memgen.response import Response
 from memgen.row_group import RowGroup
@@ -47,6 +48,24 @@ class Grouping:
             return number > 0
         enough = (number >= self.shards * self.rows) | (number == live.sum())
         return (number > 0) & (enough | (waiting > PATIENCE).any())
+
+
+def grouping_of(session: Session) -> Grouping:
+    """Choose how many rows of a session weave in one forward pass of the weaver.
+
+    On an accelerator, an eighth of each shard's rows weave together, because a forward pass over a
+    few rows takes as long as over one row. On a CPU the pass takes longer, so one row of each shard
+    weaves at a time. A batch that is traced with `AxisType.Auto` mesh axes counts as one shard.
+    """
+    count = session.count
+    if isinstance(count, Tracer):
+        shards, platform = row_shards(count), jax.default_backend()
+    else:
+        count = jnp.asarray(count)
+        (shard,) = count.sharding.shard_shape(count.shape)
+        shards, platform = count.shape[0] // shard, next(iter(count.devices())).platform
+    rows = 1 if platform == "cpu" else max(1, count.shape[0] // shards // 8)
+    return Grouping(shards, rows)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -141,6 +141,14 @@ def test_imports_run_down_and_in_no_circle():
     assert top == "train/*.py", "nothing imports a command"
 
 
+def test_no_module_imports_a_private_name_of_another():
+    for path in MODULES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = node.names if isinstance(node, ast.ImportFrom) else []
+            private = [alias.name for alias in names if re.match("_(?!_)", alias.name)]
+            assert not private, f"{relative(path)}: {private}"
+
+
 def test_only_checkpoint_imports_orbax():
     users = [relative(path) for path in MODULES if "orbax" in imported_packages(path)]
     assert users == ["train/runs/checkpoint.py"]

@@ -149,7 +149,7 @@ def test_whichever_rows_weave_each_is_what_it_is_alone(grouping: Grouping):
         for pattern in PATTERNS if everything else PATTERNS[-1:]:
             request = these(made, pattern, **told(everything))
             session = opened(made, request=request)
-            response, _ = loop_module._respond(made, session, request, 16, grouping)
+            response, _ = loop_module.respond(made, session, request, 16, grouping)
             assert_same(in_numpy(response), expected, pattern)
 
 

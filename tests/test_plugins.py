@@ -179,7 +179,7 @@ def test_the_entries_of_the_pages_keep_all_contracts(tmp_path: Path):
     assert found.returncode == 0, found.stdout[-3000:]
     shown = run(tmp_path, "--plugin", "of_pages", *files, "--collect-only").stdout
     for file, words in OF_PAGES.items():
-        held = {word for word in words if re.search(rf"test_{file}.py::.*[[-]{word}\]", shown)}
+        held = {word for word in words if re.search(rf"test_{file}.py::.*[\[-]{word}\]", shown)}
         assert held == set(words), file
     entries = re.findall(r'^[A-Z]+\["(\w+)"\]', "\n".join(blocks), re.MULTILINE)
     assert sorted(entries) == sorted({word for words in OF_PAGES.values() for word in words})

@@ -20,10 +20,10 @@ from memgen import (
     WeaverParam,
     begin,
     make_request,
+    respond,
     sft_loss,
     token_log_probs,
 )
-from memgen.decoding import _respond, grouping_of
 from memgen.events import Grouping
 from memgen.request import row_keys
 from memgen.session import put, take
@@ -250,11 +250,9 @@ class Generation:
         session = begin(self._memgen, jnp.asarray(tokens), length, keys, capacity)
         jax.block_until_ready(session)
         clock = Clock()
-        grouping = grouping_of(session)
-        if self._all_rows:  # as many shards as rows: if one of them weaves, all do
-            grouping = Grouping(shards=self._batch)
-        new_tokens = config.new_tokens
-        response, _ = _respond(self._memgen, session, self._request, new_tokens, grouping)
+        # As many shards as rows: if one of them weaves, all do.
+        grouping = Grouping(shards=self._batch) if self._all_rows else None
+        response, _ = respond(self._memgen, session, self._request, config.new_tokens, grouping)
         jax.block_until_ready(response)
         cost = clock.read()
         self.events = int((np.asarray(response.points) >= 0).sum())
