@@ -1,7 +1,20 @@
 """Presets in `--help`: each has a line, and the line says what it changes."""
 
+from train.cli.command import with_architecture
 from train.cli.presets_help import differences, presets_text
 from train.pretraining.presets import PRESETS
+
+
+def test_a_run_of_another_architecture_has_a_folder_of_its_own():
+    """Else the next run of the preset would be refused as another run's."""
+    tiny = PRESETS["tiny"]
+    for text, out in (
+        ("hatchling(num_layers=2)", "runs/tiny_hatchling"),
+        ("hatchling", "runs/tiny_hatchling"),
+        ("thoughtbubbles(num_layers=3)", tiny.out),
+    ):
+        words = ["--steps", "1", "--architecture", text]
+        assert with_architecture(tiny, words).out == out and words == ["--steps", "1"]
 
 
 def test_every_preset_has_a_line_that_fits():

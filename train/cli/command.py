@@ -161,7 +161,8 @@ def _out_of_memory(error: Exception) -> str:
 def with_architecture(default: Config, words: list[str]) -> Config:
     """Replace the model of a default config with the architecture that `--architecture` names.
 
-    The options `--model.*` are then those of the named architecture.
+    The options `--model.*` are then those of the named architecture. Where it is another than the
+    default's, so is the default run folder: `runs/tiny_mine` in place of `runs/tiny`.
 
     Args:
         default: Default config; a config without a field `model` is returned unchanged.
@@ -185,8 +186,10 @@ def with_architecture(default: Config, words: list[str]) -> Config:
                 raise ValueError(f"{ARCHITECTURE} needs a name: {', '.join(configs)}")
             text = words.pop(first)
         if not later:
-            model = from_text(text, configs, "architecture")
-            default = dataclasses.replace(cast(Any, default), model=model)
+            model, given = from_text(text, configs, "architecture"), cast(Any, default)
+            other = type(model) is not type(given.model)
+            out = f"{given.out}_{text.partition('(')[0].strip()}" if other else given.out
+            default = dataclasses.replace(given, model=model, out=out)
     return default
 
 
