@@ -11,7 +11,7 @@ def test_a_run_of_another_architecture_has_a_folder_of_its_own():
     for text, out in (
         ("hatchling(num_layers=2)", "runs/tiny_hatchling"),
         ("hatchling", "runs/tiny_hatchling"),
-        ("thoughtbubbles(num_layers=3)", tiny.out),
+        ("thoughtbubbles(vocab_size=320, embed_dim=8, num_layers=1, num_heads=1)", tiny.out),
     ):
         words = ["--steps", "1", "--architecture", text]
         assert with_architecture(tiny, words).out == out and words == ["--steps", "1"]
