@@ -353,3 +353,13 @@ def test_command_from_a_shell(tmp_path):
     process = Process(words, os.environ, tmp_path)
     assert process.wait(timeout=PATIENCE) == 2
     assert "is empty" in process.output() and process.output().count("\n") == 1
+
+
+def test_end_tokens_are_plain_text_whether_or_not_they_are_marked_special():
+    made = byte_level()
+    made.add_tokens(["<|im_end|>", "<think>"])
+    tokenizer = PretrainedTokenizer(made.to_str(), stop_tokens=["<|im_end|>"])
+    [end], [thought] = tokenizer.rendered("<|im_end|>"), tokenizer.rendered("<think>")
+    assert tokenizer.special_tokens() == ["<|endoftext|>", "<|im_end|>"]
+    ids = tokenizer.encode("a<|im_end|><think>")[0].tolist()
+    assert end not in ids and ids[-1] == thought

@@ -3,14 +3,15 @@
 import functools
 import hashlib
 import json
-import secrets
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
+from thoughtbubbles.encoding import Speller, bytes_of_tokens, encoded, spelling_tokenizer
 from thoughtbubbles.fields import Fields, parse_object, read_json, read_text, shown
 
 SEPARATOR = "<|endoftext|>"
@@ -106,6 +107,7 @@ class PretrainedTokenizer:
         self.bos = None if bos in above else bos
         known = [token for token in stop_tokens if token not in above]
         self.eos = next(iter(known), None)
+        self._control = {token for token in (self.bos, *known) if token}
         # Special tokens that the tokenizer adds around a text are added all, or none of them.
         self._wraps = not set(prefix) & set(above)
         blank = self._tokenizer.encode("", add_special_tokens=False)
@@ -207,14 +209,30 @@ class PretrainedTokenizer:
             ids = ids[: len(ids) - self._behind]
         return self._known(ids) or [self.separator]
 
-    def rendered(self, text: str) -> list[int]:
-        """Encode a text, such as a rendered chat template, whose special tokens are spelled out."""
-        return self.rendered_spans(text)[0]
+    def rendered(self, text: str, spelled: Mapping[str, str] = MappingProxyType({})) -> list[int]:
+        """Encode a text, such as a rendered chat template, whose special tokens are spelled out.
 
-    def rendered_spans(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        Args:
+            text: Text to encode.
+            spelled: Mapping from a sign, one character that the text has for nothing else, to the
+                special token that is plain text there.
+        """
+        return self.rendered_spans(text, spelled)[0]
+
+    def rendered_spans(
+        self, text: str, spelled: Mapping[str, str] = MappingProxyType({})
+    ) -> tuple[list[int], list[tuple[int, int]]]:
         """Encode a text as `rendered`; also return where each token's text begins and ends."""
+        if spelled:
+            ids, spans = self._speller.encode(text, spelled, self.name)
+            return self._known(ids), spans
         encoding = self._encoded(self._tokenizer, text, add_special_tokens=False)
         return self._known(encoding.ids), encoding.offsets
+
+    def special_tokens(self) -> list[str]:
+        """Return the added tokens that are special: those marked so, BOS and stop tokens."""
+        found = self._tokenizer.get_added_tokens_decoder().values()
+        return [t.content for t in found if t.special or t.content in self._control]
 
     def added_tokens(self) -> list[str]:
         """Return the added tokens, which are found in a text before it is split into words."""
@@ -243,7 +261,12 @@ class PretrainedTokenizer:
 
     @functools.cached_property
     def _plain(self) -> Any:
-        return spelling_tokenizer(self._tokenizer)
+        return spelling_tokenizer(self._tokenizer, self._control)
+
+    @functools.cached_property
+    def _speller(self) -> Speller:
+        special = {self._vocabulary[token] for token in self.special_tokens()}
+        return Speller(self._tokenizer, self._plain, special)
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """Decode ids to text, leaving out special tokens and negative ids (padding).
@@ -270,83 +293,6 @@ class PretrainedTokenizer:
     def to_pretrained(self) -> "PretrainedTokenizer":
         """Return this tokenizer itself, as `AnyTokenizer` requires."""
         return self
-
-
-def spelling_tokenizer(tokenizer: Any) -> Any:
-    """Copy a tokenizer so that special tokens that a text spells out are encoded as plain text.
-
-    A model may find a special token in its own vocabulary, as a word, as a piece with a high score,
-    or by merges. In the copy the special tokens, except for the unknown token, have random names
-    there, and no merges.
-
-    Args:
-        tokenizer: A `tokenizers.Tokenizer`.
-    """
-    fields = json.loads(tokenizer.to_str())
-    model, added = fields["model"], fields["added_tokens"]
-    special = {token["content"] for token in added if token["special"]}
-    own = special & tokenizer.get_vocab(with_added_tokens=False).keys()
-    if hidden := {token: secrets.token_hex(16) for token in own - {model.get("unk_token")}}:
-        fields["added_tokens"] = [token for token in added if token["content"] not in hidden]
-        if isinstance(model["vocab"], dict):
-            model["vocab"] = {hidden.get(token, token): i for token, i in model["vocab"].items()}
-        else:  # a Unigram model has a list of pairs
-            model["vocab"] = [[hidden.get(token, token), score] for token, score in model["vocab"]]
-        if "merges" in model:
-            model["merges"] = [
-                pair for pair in model["merges"] if not {*pair, "".join(pair)} & hidden.keys()
-            ]
-    copy = type(tokenizer).from_str(json.dumps(fields))
-    copy.encode_special_tokens = True
-    return copy
-
-
-def encoded(tokenizer: Any, text: str, name: str, **options: Any) -> Any:
-    """Encode a text with a tokenizer of the `tokenizers` library.
-
-    Args:
-        tokenizer: A `tokenizers.Tokenizer`.
-        text: Text to encode.
-        name: Name of the tokenizer in messages.
-        options: Options of the tokenizer's method `encode`.
-
-    Returns:
-        A `tokenizers.Encoding`, with `ids` and `offsets`.
-
-    Raises:
-        ValueError: The text has half of a surrogate pair, such as `"\\ud800"` from JSON or from
-            bytes that are not UTF-8, so that it is not Unicode text.
-    """
-    try:
-        return tokenizer.encode(text, **options)
-    except TypeError as error:
-        wrong = next((c for c in text if "\ud800" <= c <= "\udfff"), None)
-        if wrong is None:
-            raise
-        raise ValueError(
-            f"{name} can't encode {wrong!r} after {text.index(wrong)} characters, which is no "
-            "Unicode text: convert the text to UTF-8"
-        ) from error
-
-
-def bytes_of_tokens(text: str, offsets: Sequence[tuple[int, int]]) -> np.ndarray:
-    """Count the UTF-8 bytes of each token; the counts `[n]` int32 sum to the bytes of the text.
-
-    Args:
-        text: Text that was encoded.
-        offsets: Index of the first character of each of the `n` tokens, and index after the token's
-            last character.
-    """
-    if not offsets:
-        return np.zeros(0, np.int32)
-    # Tokens may share a character (parts of an emoji), and some normalizers move characters; the
-    # running maximum counts every byte exactly once all the same.
-    ends = np.maximum.accumulate(np.array(offsets, np.int64)[:, 1])
-    ends[-1] = len(text)
-    codes = np.frombuffer(text.encode("utf-32-le"), np.uint32)
-    width = 1 + (codes >= 0x80) + (codes >= 0x800) + (codes >= 0x10000)
-    first_byte = np.concatenate([[0], np.cumsum(width)])
-    return np.diff(first_byte[ends], prepend=0).astype(np.int32)
 
 
 def byte_level_bpe(

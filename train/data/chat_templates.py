@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from train.data.growing_ids import GrowingIds
+from train.data.spelled import without_special_tokens
 
 if TYPE_CHECKING:
     from thoughtbubbles.pretrained_tokenizer import PretrainedTokenizer
@@ -44,7 +45,8 @@ def chat_ids(tokenizer: "PretrainedTokenizer", messages: Sequence[Message]) -> l
 
     Args:
         tokenizer: Tokenizer with a chat template.
-        messages: Messages of the conversation.
+        messages: Messages of the conversation. Special tokens that they spell out are plain text,
+            except for the assistant's.
 
     Raises:
         ValueError: The tokenizer has no chat template, or the template fails (see `render`).
@@ -72,6 +74,7 @@ def closed_ids(tokenizer: "PretrainedTokenizer", messages: Sequence[Message]) ->
 def _rendered_ids(
     tokenizer: "PretrainedTokenizer", messages: Sequence[Message], add_generation_prompt: bool
 ) -> list[int]:
+    messages, spelled = without_special_tokens(tokenizer, messages)
     text = render(
         str(tokenizer.chat_template),
         messages,
@@ -80,7 +83,7 @@ def _rendered_ids(
         source=f"the chat template of {tokenizer.name}",
         add_generation_prompt=add_generation_prompt,
     )
-    return tokenizer.rendered(text)
+    return tokenizer.rendered(text, spelled)
 
 
 def common(one: Sequence[int], other: Sequence[int]) -> int:
@@ -127,25 +130,28 @@ def open_turn(
         source=f"the chat template of {tokenizer.name}",
     )
     if role == "assistant":
-        text = fill(messages) + prefill
-        whole = tokenizer.rendered(text)
+        messages, spelled = without_special_tokens(tokenizer, messages)
+        whole = tokenizer.rendered(fill(messages) + prefill, spelled)
         # As in training, where no token spans the header and the answer.
         follows = whole[: len(before)] == before
         return whole if follows else before + tokenizer.rendered(prefill)
     if not prefill:
         raise ValueError("a user's turn without a text: give a prefill that the user begins with")
+    asked: list[Message] = [*messages, {"role": role, "content": prefill}]
+    asked, spelled = without_special_tokens(tokenizer, asked)
+    shown = asked[-1]["content"]
     # Two turns that differ right after the prefill: their common text ends with the prefill.
     one, other = (
-        fill([*messages, {"role": role, "content": prefill + end}], add_generation_prompt=False)
+        fill([*asked[:-1], {"role": role, "content": shown + end}], add_generation_prompt=False)
         for end in "01"
     )
     text = os.path.commonprefix([one, other])
-    if not text.endswith(prefill):
+    if not text.endswith(shown):
         raise ValueError(
             f"the chat template of {tokenizer.name} does not show {prefill[:40]!r} as it is: give "
             "another prefill"
         )
-    return tokenizer.rendered(text)
+    return tokenizer.rendered(text, spelled)
 
 
 def chat_examples(
@@ -161,7 +167,8 @@ def chat_examples(
     and including its first end token. An answer is encoded on its own where one token would span
     the boundary between prompt and answer. If the template goes through the messages in one loop
     that looks at no later message (`template_turns`), the time grows linearly with the number of
-    turns, otherwise quadratically.
+    turns, otherwise quadratically. Special tokens that messages spell out are plain text, except
+    for the assistant's.
 
     Usually one example holds the whole conversation. A template may render an earlier answer
     differently once a later turn follows (without its thinking block, for instance), or the text
@@ -184,6 +191,7 @@ def chat_examples(
     """
     assert tokenizer.chat_template is not None
     ends = answer_ends(tokenizer)
+    messages, spelled = without_special_tokens(tokenizer, messages, list(tools))
     text_of = _texts(
         tokenizer.chat_template,
         messages,
@@ -193,7 +201,7 @@ def chat_examples(
         source=f"the chat template of {tokenizer.name}",
         **({"tools": list(tools)} if tools else {}),
     )
-    encode = GrowingIds(tokenizer).encode
+    encode = GrowingIds(tokenizer, spelled).encode
     examples: list[Example] = []
     ids: list[int] = []
     loss_mask: list[bool] = []
@@ -225,7 +233,9 @@ def chat_examples(
         _check_shown(tokenizer.name, prompt, text, message, turn, tools)
         before, whole = encode(prompt), encode(text)
         follows = whole[: len(before)] == before
-        answer = whole[len(before) :] if follows else tokenizer.rendered(text[len(prompt) :])
+        answer = (
+            whole[len(before) :] if follows else tokenizer.rendered(text[len(prompt) :], spelled)
+        )
         length = next((index + 1 for index, token in enumerate(answer) if token in ends), None)
         if length is None:
             raise ValueError(

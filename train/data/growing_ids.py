@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -17,10 +18,11 @@ class GrowingIds:
 
     Args:
         tokenizer: Tokenizer of the texts.
+        spelled: Signs of the texts for special tokens that are plain text, as in `rendered`.
     """
 
-    def __init__(self, tokenizer: PretrainedTokenizer):
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: PretrainedTokenizer, spelled: Mapping[str, str]):
+        self._tokenizer, self._spelled = tokenizer, spelled
         self._splits = tokenizer.splits()
         self._longest = max(map(len, tokenizer.added_tokens()), default=0)
         self._text, self._ids = "", []
@@ -33,7 +35,7 @@ class GrowingIds:
         while self._cuts and self._cuts[-1][0] > known:
             self._cuts.pop()
         start, count = self._cuts.pop() if self._cuts else (0, 0)
-        new, spans = self._tokenizer.rendered_spans(text[start:])
+        new, spans = self._tokenizer.rendered_spans(text[start:], self._spelled)
         for index, (id_, (first, end)) in enumerate(zip(new, spans, strict=True)):
             if id_ in self._splits and text[start + first : start + end] == self._splits[id_]:
                 self._cuts.append((start + first, count + index))

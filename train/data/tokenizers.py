@@ -10,13 +10,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from thoughtbubbles.pretrained_tokenizer import (
-    PretrainedTokenizer,
-    byte_level_bpe,
-    bytes_of_tokens,
-    encoded,
-    spelling_tokenizer,
-)
+from thoughtbubbles.encoding import bytes_of_tokens, encoded, spelling_tokenizer
+from thoughtbubbles.pretrained_tokenizer import PretrainedTokenizer, byte_level_bpe
 from train.data.config import DataError
 
 SEPARATORS = (
