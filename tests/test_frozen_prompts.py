@@ -10,6 +10,7 @@ from train.experiments.study import read_results
 
 RESULTS = Path(__file__).resolve().parents[1] / "docs/results"
 NAMES = list(study.TOKENS)
+MOVES = {"up": (-1, 0), "down": (1, 0), "left": (0, -1), "right": (0, 1)}
 
 
 def test_rows_are_prompts_with_their_own_names():
@@ -21,7 +22,7 @@ def test_rows_are_prompts_with_their_own_names():
         names = dict(zip(row[:8:2], row[1:8:2], strict=True))
         assert tuple(names) == study.DIRECTIONS and names[row[12]] == row[13]
         agent, target = np.array(row[8:10], int), np.array(row[10:12], int)
-        after = agent + study.MOVES[row[12]]
+        after = agent + MOVES[row[12]]
         assert np.abs(target - after).sum() == np.abs(target - agent).sum() - 1 < study.NEAR
     frozen = next(study.batches(study.ARMS["frozen"], 0))["tokens"]
     assert len({tuple(row) for row in frozen[:, 1:8:2]}) == 1 and (frozen[:, 13] == -1).all()

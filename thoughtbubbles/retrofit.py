@@ -31,7 +31,7 @@ GATE = 1e-9
 
 def add_forks(
     config: ModelConfig,
-    weights: Mapping[Any, Any],
+    params: Mapping[Any, Any],
     *,
     layers: Sequence[int],
     policy: Policy = PrefixRank(),  # noqa: B008 (frozen)
@@ -41,7 +41,7 @@ def add_forks(
 
     Args:
         config: Config of a decoder without fork layers.
-        weights: Parameters of the decoder, a nested dict of arrays, such as `load_pretrained`
+        params: Parameters of the decoder, a nested dict of arrays, such as `load_pretrained`
             returns, or an `nnx.State`; the arrays are neither copied nor changed.
         layers: Indices of the blocks that get a fork layer in front, from 0, in increasing order.
         policy: Policy of the fork layers.
@@ -62,17 +62,17 @@ def add_forks(
     if not layers:
         raise ValueError(f"layers={layers}: name the blocks to fork before, such as (10, 20)")
     forking = forking_config(config, layers, policy)
-    if isinstance(weights, nnx.State):
-        weights = nnx.to_pure_dict(weights)
-    abstract_module(lambda: Thoughtbubbles.from_params(config, weights))  # raises if they don't fit
+    if isinstance(params, nnx.State):
+        params = nnx.to_pure_dict(params)
+    abstract_module(lambda: Thoughtbubbles.from_params(config, params))  # raises if they don't fit
 
     def forks() -> Any:
         # XLA computes only the returned arrays, so the other parameters cost nothing.
         model = Thoughtbubbles(forking, rngs=nnx.Rngs(seed))
         return nnx.to_pure_dict(nnx.state(model))["forks"]
 
-    replicated = _replicated_like(weights["embed"])
-    return forking, {**weights, "forks": jax.jit(forks, out_shardings=replicated)()}
+    replicated = _replicated_like(params["embed"])
+    return forking, {**params, "forks": jax.jit(forks, out_shardings=replicated)()}
 
 
 def forking_config(config: ModelConfig, layers: Sequence[int], policy: Policy) -> ModelConfig:

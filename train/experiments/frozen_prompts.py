@@ -50,7 +50,6 @@ from train.models.finetunable import FinetunableModel
 
 KEY = ("arm", "pretraining", "steps", "prompts", "seed")
 DIRECTIONS = ("up", "down", "left", "right")
-MOVES = {"up": (-1, 0), "down": (1, 0), "left": (0, -1), "right": (0, 1)}
 SIZE = 6  # rows and columns of the grid
 NEAR = 3  # maximum distance from agent to target in the states of arms with `near`
 WORDS = EVERYDAY_WORDS
