@@ -223,7 +223,7 @@ def test_the_commands_merge_one(monkeypatch, capsys):
     monkeypatch.setattr(generate, "write", lambda lm, *rest, **how: seen.append(lm) or [""])
     generate.main(generate.GenerateConfig(model=model, adapter=adapter))
     config = evaluate.EvaluateConfig(model=model, adapter=adapter, tasks=("a.jsonl",))
-    seen.append(evaluate.changed(load_weights(model), config).for_inference())
+    seen.append(config.changed(load_weights(model)).for_inference())
     base, low = load_weights(model).model, load_adapter(adapter, targets_of("llama"))["down"]
     for loaded in seen:
         found = loaded.model.layers()[1].mlp.down[...]

@@ -12,9 +12,8 @@ loss is that of an autoregressive model.
 import dataclasses
 import sys
 from pathlib import Path
-from typing import TypeVar
 
-from thoughtbubbles import Architecture, Policy
+from thoughtbubbles import Architecture
 from train.cli.command import run_command
 from train.cli.figures import check_figure
 from train.cli.numbers import check_least
@@ -22,6 +21,7 @@ from train.devices.mesh import MeshConfig, check_batch, make_mesh
 from train.engine.config import EvalConfig
 from train.engine.memory import check_row_memory
 from train.evaluation.held_out import held_out, readable, validation_rows
+from train.evaluation.model_options import ModelOptions
 from train.evaluation.policy_overrides import Setting, figure, override_policy, table
 from train.evaluation.scoring import Scorer
 from train.evaluation.task_files import read_task
@@ -35,26 +35,12 @@ from train.evaluation.task_scores import (
 )
 from train.models.load import LanguageModel, check_named, load_model, load_named
 
-Loaded = TypeVar("Loaded", bound=LanguageModel)
-
 
 @dataclasses.dataclass(frozen=True)
-class EvaluateConfig:
+class EvaluateConfig(ModelOptions):
     """Score a run on held-out rows, or a run or a pretrained model on tasks.
 
     Attributes:
-        checkpoint: Run folder, or one of its step folders.
-        model: Pretrained model in place of a checkpoint: "smollm2", a Hugging Face folder, or a
-            .gguf file.
-        adapter: Folder of a LoRA adapter in `peft` format, which is merged into the model; none by
-            default.
-        int8: Whether to quantise the model to int8, except norms, biases and fork layers.
-        policy: Fork policy that replaces the model's own, e.g. "PrefixRank(ratio=2.0)".
-        ratio: Ratio of streams per token that replaces the policy's ratio.
-        window: Number of tokens that `PrefixRank` ranks together, which replaces the policy's
-            window.
-        threshold_offset: Offset added to the threshold of a `Threshold` policy; a positive offset
-            gives fewer streams.
         sweep: Ratios to score one after the other.
         sweep_offset: Threshold offsets to score one after the other.
         figure: Image file for a plot of the sweep, bits per byte against streams per token (needs
@@ -71,14 +57,6 @@ class EvaluateConfig:
         records: JSON Lines file for the score of every item; none by default.
     """
 
-    checkpoint: str | None = None
-    model: str | None = None
-    adapter: str | None = None
-    int8: bool = False
-    policy: Policy | None = None
-    ratio: float | None = None
-    window: int | None = None
-    threshold_offset: float | None = None
     sweep: tuple[float, ...] = ()
     sweep_offset: tuple[float, ...] = ()
     figure: str | None = None
@@ -91,9 +69,9 @@ class EvaluateConfig:
     records: str | None = None
 
     def __post_init__(self):
+        super().__post_init__()
         check_named(self.checkpoint, self.model)
-        check_least(self, ratio=1, window=1, threshold_offset=-1, sweep=1, sweep_offset=-1)
-        check_least(self, rows=0, positions=0, batch_size=1)
+        check_least(self, sweep=1, sweep_offset=-1, rows=0, positions=0, batch_size=1)
         if self.limit is not None and self.limit < 1:
             raise ValueError(f"limit={self.limit} is below 1")
         if self.tasks:
@@ -132,7 +110,7 @@ def score_tasks(config: EvaluateConfig) -> None:
     for name in names:
         if names.count(name) > 1:
             raise ValueError(f"two tasks are called {name}: name them, as in other={name}.jsonl")
-    loaded = changed(load_named(config.checkpoint, config.model), config)
+    loaded = config.changed(load_named(config.checkpoint, config.model))
     if not loaded.model.config.scan_layers:
         loaded = loaded.for_inference()
     [model] = models_of(config, loaded).values()
@@ -168,7 +146,7 @@ def score_held_out(config: EvaluateConfig) -> None:
         check_figure(Path(config.figure))
     settings = EvalConfig(rows=config.rows, positions=config.positions)
     check_batch(config.batch_size, 1, make_mesh(MeshConfig()))
-    loaded = changed(load_model(str(config.checkpoint)), config)
+    loaded = config.changed(load_model(str(config.checkpoint)))
     trained = loaded.model.fork_policy
     check_row_memory(config.batch_size, loaded.context_length or 1)
     rows = validation_rows(loaded)
@@ -183,12 +161,6 @@ def score_held_out(config: EvaluateConfig) -> None:
         title = f"{config.checkpoint}, {type(found[0].policy).__name__}"
         figure(found, title, trained).savefig(config.figure, dpi=150)
         print(f"figure: {Path(config.figure).absolute()}")
-
-
-def changed(loaded: Loaded, config: EvaluateConfig) -> Loaded:
-    """Return the model with `config.adapter` merged into it, quantised if `config.int8` is True."""
-    loaded = loaded if config.adapter is None else loaded.with_adapter(config.adapter)
-    return loaded.in_int8() if config.int8 else loaded
 
 
 def models_of(config: EvaluateConfig, loaded: LanguageModel) -> dict[str, Architecture]:
@@ -208,15 +180,10 @@ def models_of(config: EvaluateConfig, loaded: LanguageModel) -> dict[str, Archit
     for name, swept in (("ratio", config.sweep), ("threshold_offset", config.sweep_offset)):
         if swept and getattr(config, name) is not None:
             raise ValueError(f"{name}={getattr(config, name)} is swept: leave it out")
-    overrides = (config.ratio, config.window, config.threshold_offset)
-    asked = config.policy or config.sweep or config.sweep_offset
-    model, own = loaded.model, loaded.model.fork_policy
-    if not asked and all(value is None for value in overrides):
+    model = loaded.model
+    if not (config.overrides or config.sweep or config.sweep_offset):
         return {"": model}
-    if own is None:
-        name = config.checkpoint or config.model
-        raise ValueError(f"{name} is a plain decoder: it has no policy to change")
-    policy = override_policy(config.policy or own, *overrides)
+    policy = config.overridden(model.fork_policy)
     policies = {"": policy}
     if config.sweep:
         policies = {

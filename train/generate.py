@@ -7,27 +7,20 @@ import dataclasses
 from pathlib import Path
 from typing import Literal
 
-from thoughtbubbles import Policy
 from thoughtbubbles.sampling import check_sampling
 from train.cli.command import run_command
 from train.cli.figures import check_figure
 from train.cli.numbers import check_least
-from train.evaluation.policy_overrides import override_policy
+from train.evaluation.model_options import ModelOptions
 from train.models.generation import answer, map_of_text, write
 from train.models.load import LanguageModel, load_named
 
 
 @dataclasses.dataclass(frozen=True)
-class GenerateConfig:
+class GenerateConfig(ModelOptions):
     """Continue prompts with a trained model, or a pretrained one.
 
     Attributes:
-        checkpoint: Run folder, or one of its step folders.
-        model: Pretrained model in place of a checkpoint: "smollm2", a Hugging Face folder, or a
-            .gguf file.
-        adapter: Folder of a LoRA adapter in `peft` format, which is merged into the model; none by
-            default.
-        int8: Whether to quantise the model to int8, except norms, biases and fork layers.
         chat: Whether to render each prompt as a user message in the model's chat template, and to
             print only the answers.
         prompt: One or more prompts, which are continued independently of each other.
@@ -40,12 +33,6 @@ class GenerateConfig:
         min_p: Minimum probability of a token to sample, relative to that of the most probable
             token; 0 by default.
         seed: Seed of the samples.
-        policy: Fork policy that replaces the model's own, e.g. "PrefixRank(ratio=2.0)".
-        ratio: Ratio of streams per token that replaces the policy's ratio.
-        window: Number of tokens that `PrefixRank` ranks together, which replaces the policy's
-            window.
-        threshold_offset: Offset added to the threshold of a `Threshold` policy; a positive offset
-            gives fewer streams.
         memory: Where a model with a weaver writes latent memory: "always" at every allowed
             boundary, "never", or "learned" where the model's trained trigger decides.
         cache: Whether to cache keys and values if the policy is causal; without a cache, the whole
@@ -55,10 +42,6 @@ class GenerateConfig:
             matplotlib).
     """
 
-    checkpoint: str | None = None
-    model: str | None = None
-    adapter: str | None = None
-    int8: bool = False
     chat: bool = False
     prompt: tuple[str, ...] = ("",)
     max_new_tokens: int = 128
@@ -67,10 +50,6 @@ class GenerateConfig:
     top_p: float | None = None
     min_p: float | None = None
     seed: int = 0
-    policy: Policy | None = None
-    ratio: float | None = None
-    window: int | None = None
-    threshold_offset: float | None = None
     memory: Literal["always", "never", "learned"] = "always"
     cache: bool = True
     bubbles: bool = False
@@ -78,7 +57,8 @@ class GenerateConfig:
 
     def __post_init__(self):
         check_sampling(self.temperature, self.top_k, self.top_p, self.min_p)
-        check_least(self, max_new_tokens=1, ratio=1, window=1, threshold_offset=-1)
+        super().__post_init__()
+        check_least(self, max_new_tokens=1)
         if not self.prompt:
             raise ValueError("no prompt is given: write --prompt TEXT, or leave --prompt out")
 
@@ -88,11 +68,7 @@ def main(config: GenerateConfig) -> None:
         raise ValueError("--chat prints answers alone: leave out --bubbles and --figure")
     if config.figure:
         check_figure(Path(config.figure))
-    loaded = load_named(config.checkpoint, config.model)
-    if config.adapter is not None:
-        loaded = loaded.with_adapter(config.adapter)
-    if config.int8:
-        loaded = loaded.in_int8()
+    loaded = config.changed(load_named(config.checkpoint, config.model))
     loaded = under_policy(loaded, config)
     rows = len(config.prompt) if config.cache and loaded.model.cacheable else None
     loaded = loaded.for_inference(rows)
@@ -135,15 +111,9 @@ def under_policy(loaded: LanguageModel, config: GenerateConfig) -> LanguageModel
         ValueError: The model is a plain decoder, the policy lacks an option that is overridden, or
             a value is out of range.
     """
-    overrides = (config.ratio, config.window, config.threshold_offset)
-    if config.policy is None and all(value is None for value in overrides):
+    if not config.overrides:
         return loaded
-    own = loaded.model.fork_policy
-    if own is None:
-        name = config.checkpoint or config.model
-        raise ValueError(f"{name} is a plain decoder: it has no policy to change")
-    policy = override_policy(config.policy or own, *overrides)
-    model = loaded.model.with_policy(policy)
+    model = loaded.model.with_policy(config.overridden(loaded.model.fork_policy))
     memory = loaded.memgen and loaded.memgen.with_reasoner(model.backbone())
     return dataclasses.replace(loaded, model=model, memgen=memory)
 
