@@ -59,6 +59,7 @@ SEPARATE = {
     "a variable of the loop": LOOP + "{% set x = m.role %}" + END + "{{ x }}" + ASK,
     "the loop's item": "{% set m = 'a' %}" + ALL + "{{ m }}",
     "the loop behind it": ALL + "{{ loop }}",
+    "the loop kept": COUNT + LOOP + "{% set n.l = loop %}" + MESSAGE + END + "{{ n.l.changed(1) }}",
     "a count behind it": COUNT + CHATML + UP,
     "a count in a macro": COUNT + "{% macro f() %}" + UP + "{% endmacro %}" + CHATML + "{{ f() }}",
     "a variable in a macro": "{% macro f() %}{{ x }}{% endmacro %}"

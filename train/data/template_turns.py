@@ -82,12 +82,13 @@ class Turns:
 
     def _close(self) -> Iterator[bool]:
         """Yield the wanted values of `add_generation_prompt`, and take what follows each one."""
-        self._read = self._closing = True
+        self._closing = True
         body = len(self._parts)
         for asks in self._wanted.get(self._current, ()):
             yield asks
             self._ends[self._current, asks] = body, "".join(self._parts[body:])
             del self._parts[body:]
+        self._read = True
 
     def _render(self, chunks: Iterator[str]) -> Callable[[int, bool], str] | None:
         for chunk in chunks:
@@ -185,6 +186,10 @@ def _movable(before: list[nodes.Node], loop: nodes.For, behind: list[nodes.Node]
     macros = _all(parts, nodes.Macro)
     if loaded & _STATEFUL or _all(parts, *_FOREIGN):
         return False
+    of_loop = {id(found.node) for found in _all(parts, nodes.Getattr)}
+    names = _all(parts, nodes.Name)
+    if any(found.name == "loop" and id(found) not in of_loop for found in names):
+        return False  # it could be kept, and asked behind the loop
     if _all([*macros, *behind], nodes.NSRef) or _ASKS in stored:
         return False
     first_loaded, first_stored = _names([*before, loop])
