@@ -19,7 +19,7 @@ from thoughtbubbles.hatchling import Hatchling, HatchlingConfig
 from thoughtbubbles.quantisation import Int8Weight, quantise
 from thoughtbubbles.sampling import Sampling
 from train import generate as generate_command
-from train.evaluate import EvaluateConfig, changed
+from train.evaluate import EvaluateConfig
 from train.generate import GenerateConfig
 from train.models.load import load_weights
 
@@ -230,7 +230,7 @@ def test_the_commands(monkeypatch, capsys):
     for int8 in (False, True):
         generate_command.main(GenerateConfig(model=LLAMA, int8=int8))
         config = EvaluateConfig(model=LLAMA, tasks=("a.jsonl",), int8=int8)
-        seen.append(changed(load_weights(LLAMA), config))
+        seen.append(config.changed(load_weights(LLAMA)))
     kinds = [isinstance(lm.model.embed, Int8Weight) for lm in seen]
     assert kinds == [False, False, True, True]
 
