@@ -157,7 +157,7 @@ def test_a_name_means_one_thing(monkeypatch):
     with pytest.raises(ValueError, match="policy 'TopK' is TopK of the library"):
         POLICIES["TopK"] = mine
     again = type("Mine", (Copy,), {})
-    for entry in (mine, again):
+    for entry in (mine, again, Copy(), again):  # an object, which is refused where it is looked up
         monkeypatch.setitem(TASKS, "own_copy", entry)  # as a cell of a notebook that is run again
     with pytest.raises(ValueError, match="task 'own_copy' has the name 'copy', which a run would"):
         make_task("own_copy", 0)

@@ -41,16 +41,16 @@ class Registry(dict[str, type[T]]):
                 "my_name, so that name(option=value) can be written"
             )
         known = self.get(name)
-        if known is not None and _is_ours(known) and _path(known) != _path(entry):
+        if _is_ours(known) and _path(known) != _path(entry):
             raise ValueError(
-                f"{self.kind} {name!r} is {known.__name__} of the library: register "
+                f"{self.kind} {name!r} is {_path(known)[1]} of the library: register "
                 f"{getattr(entry, '__name__', entry)} by another name"
             )
         super().__setitem__(name, entry)
 
 
-def _is_ours(entry: type[Any]) -> bool:
-    return entry.__module__.partition(".")[0] in _OURS
+def _is_ours(entry: Any) -> bool:
+    return isinstance(entry, type) and entry.__module__.partition(".")[0] in _OURS
 
 
 def _path(entry: Any) -> tuple[Any, Any]:
