@@ -1,82 +1,17 @@
-"""Beginnings of a conversation in one pass: the texts and ids of separate passes, or no pass."""
+"""Ids of conversations that grow, and special tokens that their texts spell out."""
 
 import random
 from typing import Any
 
 import pytest
-from test_chat_data import ASK, CHATML, MESSAGE, fixture, say
+from test_chat_data import CHATML, fixture, say
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
 
 from thoughtbubbles.pretrained_tokenizer import PretrainedTokenizer
-from train.data import chat_templates
 from train.data.chat_templates import chat_examples, chat_ids, open_turn, render
 from train.data.growing_ids import GrowingIds
 from train.data.spelled import without_special_tokens
-from train.data.template_turns import beginnings
 
-LOOP, END = "{% for m in messages %}", "{% endfor %}"
-COUNT, UP = "{% set n = namespace(i=0) %}", "{% set n.i = n.i + 1 %}{{ n.i }}"
-ALL = LOOP + MESSAGE + END
-CONTENT = "{{ m.content }}"
-TOOLS = (
-    "{% if m.role == 'tool' %}{% if messages[loop.index0 - 1].role != 'tool' %}[{% endif %}"
-    "{{ m.content }}{% if loop.last or messages[loop.index0 + 1].role != 'tool' %}]{% endif %}"
-    "{% else %}" + MESSAGE + "{% endif %}"
-)
-ONE_PASS = {
-    "each message": CHATML,
-    "another name": "{% set turns = messages %}{% for m in turns %}" + MESSAGE + END + ASK,
-    "the first": "{{ messages[0].content if messages[0].role == 'user' }}" + CHATML,
-    "the last": ALL + "{{ 'a' if messages[-1].role != 'assistant' }}" + ASK,
-    "the number": ALL + "{{ messages | length }}" + ASK,
-    "those before": CHATML.replace(CONTENT, "{{ loop.previtem }}{{ loop.changed(m.role) }}"),
-    "a count": COUNT + LOOP + UP + END + "{{ n.i }}",
-    "a macro": "{% macro f(m) %}" + MESSAGE + "{% endmacro %}" + LOOP + "{{ f(m) }}" + END + ASK,
-    "a variable": "{% set x = 'a' %}" + ALL + "{{ x }}{% set x = 'b' %}{{ x }}",
-    "a day": "{{ strftime_now('%d') }}" + CHATML,
-    "tools that are not called": LOOP + TOOLS.replace("m.role == 'tool'", "m.calls") + END + ASK,
-}  # fmt: skip
-SEPARATE = {
-    "the end": CHATML.replace(CONTENT, "{{ m.content if loop.last else 'a' }}"),
-    "the length": CHATML.replace(CONTENT, "{{ loop.length }}"),
-    "the number before": "{{ messages | length }}" + CHATML,
-    "the next": CHATML.replace(CONTENT, "{{ loop.nextitem is defined }}"),
-    "one ahead": CHATML.replace(CONTENT, "{{ messages[loop.index] is defined }}"),
-    "the last inside": CHATML.replace(CONTENT, "{{ messages[-1].content }}"),
-    "a slice": CHATML.replace(CONTENT, "{{ messages[:loop.index] | length }}"),
-    "the rest": "{% for m in messages[1:] %}" + MESSAGE + END + ASK,
-    "another loop": CHATML.replace(CONTENT, "{% for n in messages %}{{ n.role }}{% endfor %}"),
-    "two loops": ALL + LOOP + "{{ m.role }}" + END,
-    "no loop": ASK,
-    "a loop inside": "{% if messages %}" + CHATML + "{% endif %}",
-    "a filter": "{% for m in messages if m.role != 'user' %}" + MESSAGE + END + ASK,
-    "an end": LOOP + "{% if loop.index > 3 %}{% break %}{% endif %}" + MESSAGE + END + ASK,
-    "what is passed over": LOOP + "{% if loop.first %}{% continue %}{% endif %}" + MESSAGE + END,
-    "no messages": LOOP + MESSAGE + "{% else %}nothing" + END + ASK,
-    "the flag inside": CHATML.replace(CONTENT, "{{ add_generation_prompt }}"),
-    "the flag in a macro": "{% macro f() %}{{ add_generation_prompt }}{% endmacro %}" + CHATML,
-    "the flag set": CHATML + "{% set add_generation_prompt = 1 %}{{ add_generation_prompt }}",
-    "a variable of the loop": LOOP + "{% set x = m.role %}" + END + "{{ x }}" + ASK,
-    "the loop's item": "{% set m = 'a' %}" + ALL + "{{ m }}",
-    "the loop behind it": ALL + "{{ loop }}",
-    "the loop kept": COUNT + LOOP + "{% set n.l = loop %}" + MESSAGE + END + "{{ n.l.changed(1) }}",
-    "a count behind it": COUNT + CHATML + UP,
-    "a count in a macro": COUNT + "{% macro f() %}" + UP + "{% endmacro %}" + CHATML + "{{ f() }}",
-    "a variable in a macro": "{% macro f() %}{{ x }}{% endmacro %}"
-    + ALL + "{% set x = 1 %}{{ f() }}",
-    "what joins": "{% set j = joiner('a') %}" + CHATML + "{{ j() }}",
-    "what is read once": "{% set g = 'abc' | map('upper') %}" + CHATML + "{{ g | join }}",
-    "a block": "{% block x %}" + CHATML + "{% endblock %}",
-    "a method": "{{ messages.copy is defined }}" + CHATML,
-    "all": "{{ messages }}" + CHATML,
-    "JSON": CHATML + "{{ messages | tojson }}",
-    "a comparison": "{% if messages == [] or {} in messages %}a{% endif %}" + CHATML,
-    "a test": "{% if messages is sequence %}a{% endif %}" + CHATML,
-    "a sum": "{% for m in messages + [] %}" + MESSAGE + END,
-    "the first behind it": CHATML + "{{ (messages | first).role }}",
-    "a failure": CHATML.replace(CONTENT, "{{ raise_exception('no') if loop.index > 3 }}"),
-    "tools": LOOP + TOOLS + END + ASK,
-}  # fmt: skip
 PIECES = ["is ", "the", "\n", "a", "bc", "?", " ", "re", "e re", ":", "\n\n", "end", "<|im_", "ni"]
 
 
@@ -85,41 +20,6 @@ def conversation(source: random.Random, turns: int, roles: tuple[str, ...] = ())
     if not roles:
         return say(*contents)
     return [{"role": source.choice(roles), "content": text} for text in contents]
-
-
-@pytest.mark.parametrize("name", [*ONE_PASS, *SEPARATE])
-def test_one_pass_gives_the_texts_of_separate_passes_or_none(name: str, monkeypatch):
-    template = (ONE_PASS | SEPARATE)[name]
-    passes = []
-
-    def noted(*given: Any, **how: Any):
-        passes.append(beginnings(*given, **how))
-        return passes[-1]
-
-    monkeypatch.setattr("train.data.template_turns.beginnings", noted)
-    source = random.Random(name)
-    for turns in (6, 8, 11):
-        messages = conversation(source, turns, ("system", "user", "assistant", "tool"))
-        messages[-3:] = say("a", "b", "c", "d")[-3:]
-        messages[0]["role"], messages[1]["role"] = "user", "tool"
-        messages[2]["role"] = messages[4]["role"] = "assistant"
-        options = {"now": chat_templates.TRAINING_DAY, "bos_token": "a"}
-        found = chat_templates._texts(template, messages, **options)
-        for turn, message in enumerate(messages):
-            for count, asks in ((turn, True), (turn + 1, False)):
-                if message["role"] != "assistant":
-                    continue
-                try:
-                    wanted = render(
-                        template, messages[:count], add_generation_prompt=asks, **options
-                    )
-                except ValueError as error:
-                    with pytest.raises(ValueError) as caught:
-                        found(count, asks)
-                    assert str(caught.value) == str(error)
-                else:
-                    assert found(count, asks) == wanted
-    assert [texts is not None for texts in passes] == 3 * [name in ONE_PASS]
 
 
 def tokenizer_of(kind: str) -> PretrainedTokenizer:
@@ -172,32 +72,25 @@ def test_ids_of_texts_that_grow_are_those_of_whole_texts(kind: str, monkeypatch)
         return  # its end tokens are parts of longer tokens
     messages = conversation(source, 12)
     found = chat_examples(tokenizer, messages)
-    monkeypatch.setattr(chat_templates, "FEW_ANSWERS", 100)
     monkeypatch.setattr(GrowingIds, "encode", lambda _, text: tokenizer.rendered(text))
     assert chat_examples(tokenizer, messages) == found
 
 
-def test_the_work_is_linear_in_the_number_of_turns(monkeypatch):
-    def work(turns: int) -> tuple[int, int]:
-        tokenizer, made, encoded = fixture(), [], []
-        spans, text_of = PretrainedTokenizer.rendered_spans, render
+def test_no_text_is_tokenised_anew_for_each_turn(monkeypatch):
+    def work(turns: int) -> int:
+        tokenizer, encoded = fixture(), []
+        spans = PretrainedTokenizer.rendered_spans
         monkeypatch.setattr(
             PretrainedTokenizer,
             "rendered_spans",
             lambda self, *given: encoded.append(len(given[0])) or spans(self, *given),
         )
-        monkeypatch.setattr(
-            chat_templates,
-            "render",
-            lambda *given, **how: made.append(len(given[1])) or text_of(*given, **how),
-        )
         [example] = chat_examples(tokenizer, say(*["is the thing here then"] * turns))
         monkeypatch.undo()
         assert sum(example.loss_mask) == 13 * turns // 2
-        return sum(made), sum(encoded)
+        return sum(encoded)
 
-    short, long = work(20), work(160)
-    assert long[0] <= 8 * short[0] + 8 and long[1] <= 8.5 * short[1]
+    assert work(160) <= 8.5 * work(20)
 
 
 @pytest.mark.parametrize("kind", KINDS)

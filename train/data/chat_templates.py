@@ -19,9 +19,6 @@ if TYPE_CHECKING:
 Message = Mapping[str, Any]
 INSTALL = 'pip install "jinja2>=3.1.6", or the extra "pretrained"'
 
-FEW_ANSWERS = 2
-"""Number of answers up to which a template is rendered separately for each."""
-
 TRAINING_DAY = datetime.datetime(2026, 1, 1)
 """Date that templates print in training: a fixed date, so that a resumed run has the same rows."""
 
@@ -165,10 +162,8 @@ def chat_examples(
 
     The ids before each answer are exactly those of `chat_ids`. The ids of the answer follow, up to
     and including its first end token. An answer is encoded on its own where one token would span
-    the boundary between prompt and answer. If the template goes through the messages in one loop
-    that looks at no later message (`template_turns`), the time grows linearly with the number of
-    turns, otherwise quadratically. Special tokens that messages spell out are plain text, except
-    for the assistant's.
+    the boundary between prompt and answer. Special tokens that messages spell out are plain text,
+    except for the assistant's.
 
     Usually one example holds the whole conversation. A template may render an earlier answer
     differently once a later turn follows (without its thinking block, for instance), or the text
@@ -192,9 +187,9 @@ def chat_examples(
     assert tokenizer.chat_template is not None
     ends = answer_ends(tokenizer)
     messages, spelled = without_special_tokens(tokenizer, messages, list(tools))
-    text_of = _texts(
+    text_of = functools.partial(
+        render,
         tokenizer.chat_template,
-        messages,
         bos_token=tokenizer.bos,
         eos_token=tokenizer.eos,
         now=TRAINING_DAY,
@@ -208,7 +203,8 @@ def chat_examples(
     for turn, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        prompt, text = text_of(turn, True), text_of(turn + 1, False)
+        prompt = text_of(messages[:turn], add_generation_prompt=True)
+        text = text_of(messages[: turn + 1], add_generation_prompt=False)
         opened = re.search(r"<think>\s*$", prompt)
         if opened and not text.startswith(prompt) and text.startswith(prompt[: opened.start()]):
             begun = text[opened.start() :].lstrip()
@@ -257,38 +253,6 @@ def chat_examples(
         learned = in_loss is None or in_loss[turn]
         loss_mask = loss_mask + [False] * unseen + [learned] * length
     return [*examples, Example(ids, loss_mask)]
-
-
-def _texts(
-    template: str, messages: Sequence[Message], **options: Any
-) -> Callable[[int, bool], str]:
-    """Return a function that renders the first messages, with a generation prompt or without.
-
-    The texts before and after each answer come from one pass through the template if it allows
-    that (`template_turns`); the texts of the last answer are compared with those of `render`.
-    """
-
-    def text_of(count: int, asks: bool) -> str:
-        return render(template, messages[:count], add_generation_prompt=asks, **options)
-
-    answers = [turn for turn, message in enumerate(messages) if message["role"] == "assistant"]
-    if len(answers) <= FEW_ANSWERS:
-        return text_of
-    limits = _limits()
-    from train.data.template_turns import beginnings  # jinja2 is installed
-
-    wanted: dict[int, list[bool]] = {}
-    for turn in answers:
-        wanted.setdefault(turn - 1, []).append(True)
-        wanted.setdefault(turn, []).append(False)
-    names = options.keys() - {"now", "source"}
-    given, characters = _plain(messages, {name: options[name] for name in names})
-    with limits.limited(given, characters):
-        fast = beginnings(template, given, wanted, strftime_now=_strftime(options["now"]))
-    last = (answers[-1], True), (answers[-1] + 1, False)
-    if fast is None or any(fast(*which) != text_of(*which) for which in last):
-        return text_of
-    return lambda count, asks: fast(count, asks) if count else text_of(count, asks)
 
 
 def answer_ends(tokenizer: "Tokenizer") -> frozenset[int]:
