@@ -47,12 +47,6 @@ def test_an_example_of_no_entry_is_one_line(tmp_path: Path):
     assert line.startswith("ERROR: --example 'no_such(a=1)': no registry has an entry 'no_such'")
 
 
-def test_a_plugin_may_be_a_folder_of_the_working_directory(tmp_path: Path):
-    """Which pytest takes for a path at first, so that it does not look for `tests/conftest.py`."""
-    found = run(tmp_path, "--plugin", "memgen", "--collect-only", "-o", f"testpaths={__file__}")
-    assert found.returncode == 0 and "test_plugins.py" in found.stdout, found.stderr
-
-
 NEEDY = '''
 import dataclasses
 from typing import ClassVar

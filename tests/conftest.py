@@ -1,8 +1,4 @@
-"""Settings that every test shares; the environment must be set before jax is first imported.
-
-It is not in `tests/`, so that pytest knows `--plugin mine` where `mine` is a folder too: it takes
-the word for a path, and then reads this file alone before the options.
-"""
+"""Settings that every test shares; the environment must be set before jax is first imported."""
 
 import gc
 import itertools
@@ -67,6 +63,11 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Slow tests run first, so that no worker waits for another at the end; else as they stand."""
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
+def pytest_sessionfinish() -> None:
+    """Spare pytest, which collects five times at its end, all that the tests have left."""
+    gc.freeze()
 
 
 @pytest.fixture
