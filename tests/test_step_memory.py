@@ -137,6 +137,67 @@ def test_a_target_outside_the_vocabulary_is_nan_in_any_chunk(chunks: int):
     assert (np.abs(gradient(hidden)).sum(axis=1) > 0).tolist() == [True, *[False] * 4, True]
 
 
+@pytest.mark.parametrize("vocab_axis", [0, 1])
+def test_a_summed_loss_has_the_gradient_of_its_definition(vocab_axis):
+    rng = np.random.default_rng(0)
+    hidden = jnp.asarray(rng.normal(size=(2, 5, 8)), jnp.float32)
+    targets = jnp.asarray(rng.integers(0, 10, (2, 5))).at[1, 3:].set(-1)
+    table = jnp.asarray(rng.normal(size=(8, 10) if vocab_axis else (10, 8)), jnp.float32)
+
+    def total(hidden, table, parts):
+        found = head.head_loss(hidden, table, targets, vocab_axis=vocab_axis, parts=parts)
+        return 3 * found[0], found[1]
+
+    def by_targets(hidden, table):
+        found = head.head_log_prob(hidden, table, abs(targets), vocab_axis=vocab_axis, chunks=1)
+        nats = jnp.where(targets < 0, 0, -found)
+        return 3 * nats.sum(), nats
+
+    expected = jax.value_and_grad(by_targets, (0, 1), has_aux=True)(hidden, table)
+    both = jax.jit(jax.value_and_grad(total, (0, 1), has_aux=True), static_argnums=2)
+    for parts in (1, 3, 10):  # the second pads the positions
+        close(both(hidden, table, parts), expected)
+        close(total(hidden, table, parts), expected[0])
+
+
+def test_a_large_loss_computes_its_logits_once(monkeypatch):
+    rows = np.random.default_rng(0).integers(0, V, (B, T + 1), np.int32)
+    rows[1, 40:] = -1
+    model = quick_model(KINDS["plain"])
+
+    def by_token(model, rows):
+        nats, _ = model.token_losses(rows)
+        return nats.sum(), nats
+
+    def summed(model, rows):
+        total, nats, _ = model.summed_loss(rows)
+        return total, nats
+
+    over = lambda loss: jax.jit(  # noqa: E731
+        jax.value_and_grad(loss, has_aux=True, allow_int=True)
+    ).lower(model, rows)
+    expected = over(by_token).compile()(model, rows)
+    monkeypatch.setattr(head, "LARGEST_LOGITS", 4 * B * T * 20)
+    monkeypatch.setattr(head, "SMALLEST_CHUNK", 16)
+    lowered = over(summed)
+    products = re.findall(rf"dot_general.*tensor<(?:\d+x{V}|{V}x\d+)x", lowered.as_text())
+    assert len(products) == 3, "logits, and the gradients of hidden states and of the kernel"
+    once = lowered.compile()
+    close(once(model, rows), expected)
+    rows[0, 3] = -1
+    total, nats = once(model, rows)[0]
+    assert np.isnan(total) and np.isnan(nats[0]).all() and np.isfinite(nats[1]).all()
+
+
+def test_a_split_batch_sums_the_gradient_of_its_table_once():
+    """Not for each part: a model whose trainer constrains the batch has the loss of its tokens."""
+    model = quick_model(KINDS["plain"])
+    rows = np.zeros((2**20, 2), np.int32)
+    assert model._loss_parts(rows) > 1
+    model.constrain = lambda x: x
+    assert model._loss_parts(rows) == 1
+
+
 def test_the_head_of_a_subclass_is_called():
     def capped(name: str) -> type[Thoughtbubbles]:
         inherited = getattr(Thoughtbubbles, name)
@@ -178,6 +239,16 @@ def test_chunks_of_hidden_states_that_vary_alone():
     split = jax.shard_map(log_prob, mesh=mesh, in_specs=specs, out_specs=specs[0])
     close(jax.jit(split)(rows, table), log_prob(hidden, table, 1))
 
+    def nats(hidden, table, parts=2):
+        targets = jnp.ones(hidden.shape[:2], jnp.int32)
+        total, single = head.head_loss(hidden, table, targets, parts=parts)
+        return jax.lax.psum(total, "data") if parts > 1 else total, single
+
+    out = PartitionSpec(), specs[0]
+    split = jax.shard_map(nats, mesh=mesh, in_specs=specs, out_specs=out)
+    slopes = lambda f: jax.jit(jax.value_and_grad(f, (0, 1), has_aux=True))  # noqa: E731
+    close(slopes(split)(rows, table), slopes(lambda *of: nats(*of, parts=1))(hidden, table))
+
 
 def test_an_infinite_gradient_does_not_spread():
     values, gradient = jnp.ones(3), jnp.array([1.0, jnp.inf, jnp.nan])
@@ -189,6 +260,9 @@ def test_number_of_chunks():
     assert head.num_chunks(8 * 1024, 32_768) == 16
     assert head.num_chunks(2**30, 50_304) == 64  # the next divisor above 49
     assert head.num_chunks(2**30, 1000) == 1  # too small a vocabulary to be cut
+    assert head.num_parts(8 * 64, 32_768, 256) == 1
+    assert head.num_parts(8 * 1024, 32_768, 256) == 16
+    assert head.num_parts(8 * 1024, 50_304, 768) == 22  # of 384 positions
 
 
 def test_a_sharded_vocabulary_is_never_gathered():

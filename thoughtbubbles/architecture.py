@@ -277,11 +277,32 @@ class Architecture(Module):
             ValueError: The rows are not integers `[B, T + 1]` with T >= 1, or (outside of `jit`) a
                 row has padding before a token.
         """
-        inputs, targets = next_tokens(rows)
-        length = (inputs >= 0).sum(axis=1, dtype=jnp.int32)
-        output = self.run(jnp.maximum(inputs, 0), length, track=track, key=key)
+        inputs, targets, output = self._teacher_forced(rows, track, key)
         log_prob = self.log_prob(output, jnp.maximum(targets, 0))
         return nats_of(log_prob, inputs, targets), output
+
+    def _teacher_forced(self, rows: AnyArray, track: bool, key: jax.Array | None) -> Any:
+        """Return inputs, targets and the result of `run`; arguments are as of `token_losses`."""
+        inputs, targets = next_tokens(rows)
+        length = (inputs >= 0).sum(axis=1, dtype=jnp.int32)
+        return inputs, targets, self.run(jnp.maximum(inputs, 0), length, track=track, key=key)
+
+    def summed_loss(
+        self, rows: AnyArray, *, track: bool = False, key: jax.Array | None = None
+    ) -> tuple[jax.Array, jax.Array, Any]:
+        """Compute the sum of `token_losses`, whose gradient may cost less than theirs.
+
+        Args:
+            rows: Token ids `[B, T + 1]` int32; -1 is padding on the right, which is not a target.
+            track: Whether to update `Tracked` variables from these rows, as in training.
+            key: PRNG key of noise in training; None for no noise.
+
+        Returns:
+            Sum in nats, float32; the losses of the tokens `[B, T]`, which have no gradient; and the
+            result of `run`.
+        """
+        nats, output = self.token_losses(rows, track=track, key=key)
+        return nats.sum(), jax.lax.stop_gradient(nats), output
 
     def loss(
         self, rows: AnyArray, *, track: bool = False, key: jax.Array | None = None
@@ -296,12 +317,12 @@ class Architecture(Module):
         Returns:
             Summed loss in nats, number of targets (both float32), and the result of `statistics`.
         """
-        nats, output = self.token_losses(rows, track=track, key=key)
-        return nats.sum(), (rows[:, 1:] >= 0).sum(dtype=jnp.float32), self.statistics(output)
+        nats, _, output = self.summed_loss(rows, track=track, key=key)
+        return nats, (rows[:, 1:] >= 0).sum(dtype=jnp.float32), self.statistics(output)
 
     @property
     def loss_by_token(self) -> bool:
-        """Whether `loss` is the sum of `token_losses`, so that metrics can split it by rows."""
+        """Whether `loss` is that of `summed_loss`, so that metrics can split it by rows."""
         return type(self).loss is Architecture.loss
 
     def advance(

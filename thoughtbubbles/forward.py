@@ -26,13 +26,13 @@ from thoughtbubbles.checks import (
 )
 from thoughtbubbles.config import ModelConfig
 from thoughtbubbles.forking import merge, merge_log_prob, merge_log_probs
-from thoughtbubbles.head import head_log_prob, head_logits
+from thoughtbubbles.head import head_log_prob, head_logits, head_loss, num_parts
 from thoughtbubbles.layers import Block, Fork, Geometry, Mix, norm_of
-from thoughtbubbles.placement import AnyArray, embedding_rows
+from thoughtbubbles.placement import AnyArray, embedding_rows, is_sharded
 from thoughtbubbles.policy import Policy
 from thoughtbubbles.quantisation import Int8Weight
 from thoughtbubbles.recompute import POLICIES, recomputed
-from thoughtbubbles.rows import real_ids
+from thoughtbubbles.rows import padded_in_front, real_ids
 from thoughtbubbles.sampling import log_prob_of
 from thoughtbubbles.short_repr import ShortRepr
 from thoughtbubbles.sites import Visit, plan_of
@@ -254,6 +254,44 @@ class ForkingDecoder(Architecture):
             return log_prob_of(self.decode(x), targets)
         table = table[...].astype(self.config.dtype)
         return head_log_prob(self.final_norm(x), table, targets, vocab_axis=vocab_axis)
+
+    def summed_loss(
+        self, rows: AnyArray, *, track: bool = False, key: jax.Array | None = None
+    ) -> tuple[jax.Array, jax.Array, Any]:
+        """As `Architecture.summed_loss`; on one device, large logits are computed once.
+
+        `head.head_loss` computes their gradient in the forward pass. Not so with
+        `merge="probability"`, and in a subclass that overrides what leads from rows to losses.
+        """
+        parts = self._loss_parts(rows)
+        if parts == 1:
+            return super().summed_loss(rows, track=track, key=key)
+        inputs, targets, output = self._teacher_forced(rows, track, key)
+        hidden = self.final_norm(self.merged(output.streams))
+        table, vocab_axis = self._table()
+        wrong = padded_in_front(inputs, targets)
+        total, nats = head_loss(
+            hidden,
+            table[...].astype(self.config.dtype),
+            jnp.where(wrong[:, None], -1, targets),
+            vocab_axis=vocab_axis,
+            parts=parts,
+        )
+        total += jnp.where(wrong, jnp.nan, 0).sum()
+        return total, jnp.where(wrong[:, None], jnp.nan, nats), output
+
+    def _loss_parts(self, rows: AnyArray) -> int:
+        """Return the number of parts in which `head_loss` processes rows, or 1 not to use it."""
+        table, _ = self._table()
+        own = self._inherits("token_losses", "log_prob", "logits", "merged", "decode", "unembed")
+        forks = bool(self.config.fork_layers) or self.config.copies > 1
+        if not own or isinstance(table, Int8Weight | TransposedKernel):
+            return 1
+        if (forks and self.config.merge == "probability") or self.constrain is not _identity:
+            return 1
+        if any(map(is_sharded, (rows, table[...]))) or jnp.ndim(rows) != 2:
+            return 1
+        return num_parts(rows.shape[0] * (rows.shape[1] - 1), *self.embed[...].shape)
 
     def _table(self) -> tuple[Any, int]:
         """Return the kernel of the LM head, and the index of the kernel's vocabulary axis."""

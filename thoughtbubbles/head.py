@@ -1,9 +1,12 @@
 """LM head, and target log-probabilities that do not materialize the logits of a large vocabulary.
 
-Forward and backward pass process the vocabulary in chunks. The forward pass stores only the log of
-the softmax normaliser of each position, and the backward pass recomputes the logits of each chunk.
-Each chunk has its own rows of the kernel and of the kernel's gradient. So the kernel's gradient is
-not summed over chunks, which on a mesh would take one collective for each chunk.
+`head_log_prob` processes the vocabulary in chunks, forward and backward. The forward pass stores
+only the log of the softmax normaliser of each position, and the backward pass recomputes the logits
+of each chunk. Each chunk has its own rows of the kernel and of the kernel's gradient. So the
+kernel's gradient is not summed over chunks, which on a mesh would take one collective for each.
+
+`head_loss` sums the losses, so that their gradient is known in the forward pass, up to a factor. It
+processes the positions in parts, and computes the logits of each part once.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 
+from thoughtbubbles.placement import is_sharded
 from thoughtbubbles.sampling import log_prob_of, of_vocabulary
 
 if TYPE_CHECKING:
@@ -44,7 +48,7 @@ def head_logits(
     # No transpose: a transposed table would be copied for every decoded token.
     subscripts = "...d,dv->...v" if vocab_axis else "...d,vd->...v"
     over = functools.partial(jnp.einsum, subscripts, preferred_element_type=jnp.float32)
-    if any((*jax.typeof(hidden).sharding.spec, *jax.typeof(table).sharding.spec)):
+    if is_sharded(hidden) or is_sharded(table):
         return over(hidden, table)
     rows = hidden.reshape(math.prod(hidden.shape[:-1]), hidden.shape[-1])  # as in `product`
     return over(rows, table).reshape(*hidden.shape[:-1], table.shape[vocab_axis])
@@ -81,6 +85,43 @@ def head_log_prob(
     return of_vocabulary(log_prob, targets, table.shape[vocab_axis])
 
 
+def head_loss(
+    hidden: Float[Array, "B T D"],
+    table: Float[Array, "V D"],
+    targets: Int[Array, "B T"],
+    *,
+    vocab_axis: int = 0,
+    parts: int,
+) -> tuple[Float[Array, ""], Float[Array, "B T"]]:
+    """Apply the LM head and log-softmax, and sum the negative log-probabilities of the targets.
+
+    If the sum is differentiated, the forward pass computes its gradient too, one part of the
+    positions after the other. This takes three matrix products, `head_log_prob` in chunks four. If
+    the positions were split over devices, XLA could sum the gradient of the kernel over devices
+    once for each part.
+
+    Args:
+        hidden: Hidden states, one for each position.
+        table: Kernel of the LM head (or tied embedding), `[V, D]`, or `[D, V]` with `vocab_axis=1`,
+            in the dtype of the hidden states.
+        targets: Token ids, one target for each position, or -1 for no target.
+        vocab_axis: Index of the vocabulary axis in `table`.
+        parts: Number of parts into which the positions are split, such as `num_parts`.
+
+    Returns:
+        Sum in nats; and the negative log-probability of each target, 0 where there is none. The
+        latter have no gradient. A target outside the vocabulary gives NaN, with a gradient of 0.
+    """
+    # In `shard_map` the kernel varies as the positions do, so its gradient is summed once.
+    table = table + jnp.zeros_like(hidden, table.dtype, shape=())
+    padding = -targets.size % parts
+    rows = jnp.pad(hidden.reshape(targets.size, -1), ((0, padding), (0, 0)))
+    ids = jnp.pad(targets.reshape(-1), (0, padding), constant_values=-1)
+    rows, ids = (values.reshape(parts, -1, *values.shape[1:]) for values in (rows, ids))
+    found: Any = _summed(rows, table, ids, vocab_axis)
+    return found[0], found[1].reshape(-1)[: targets.size].reshape(targets.shape)
+
+
 def num_chunks(positions: int, vocab_size: int) -> int:
     """Return the number of chunks into which `head_log_prob` splits a vocabulary by default.
 
@@ -95,6 +136,23 @@ def num_chunks(positions: int, vocab_size: int) -> int:
     chunks = max(min(needed, vocab_size // SMALLEST_CHUNK), 1)
     # A slightly larger number that divides `vocab_size` saves padding the table.
     return next((n for n in range(chunks, 2 * chunks) if vocab_size % n == 0), chunks)
+
+
+def num_parts(positions: int, vocab_size: int, embed_dim: int) -> int:
+    """Return the number of parts in which `head_loss` processes the positions by default.
+
+    The logits of a part take about `LARGEST_LOGITS` bytes or less, but a part has at least half as
+    many positions as the embedding has dimensions, because each part reads and writes the whole
+    gradient of the kernel.
+
+    Args:
+        positions: Total number of positions in all rows.
+        vocab_size: Size of the vocabulary.
+        embed_dim: Size of the hidden states.
+    """
+    if 4 * positions * vocab_size <= LARGEST_LOGITS:
+        return 1
+    return -(-positions // max(LARGEST_LOGITS // (4 * vocab_size), embed_dim // 2, 1))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
@@ -140,6 +198,36 @@ def _backward(vocab_axis, chunks, residuals, gradient):
 
 
 _in_chunks.defvjp(_forward, _backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _summed(rows, table, ids, vocab_axis):
+    nats = jax.lax.map(lambda part: _nats(part[0], table, part[1], vocab_axis)[1], (rows, ids))
+    return nats.sum(), nats
+
+
+def _nats(rows, table, ids, vocab_axis):
+    log_prob = log_prob_of(head_logits(rows, table, vocab_axis=vocab_axis), jnp.maximum(ids, 0))
+    nats = jnp.where(ids < 0, 0, -log_prob)
+    return nats.sum(), nats
+
+
+def _summed_forward(rows, table, ids, vocab_axis):
+    slopes = jax.value_and_grad(_nats, argnums=(0, 1), has_aux=True)
+
+    def add(total, part):
+        (_, nats), (of_rows, of_table) = slopes(part[0], table, part[1], vocab_axis)
+        return total + of_table.astype(jnp.float32), (nats, of_rows)
+
+    of_table, (nats, of_rows) = jax.lax.scan(add, jnp.zeros_like(table, jnp.float32), (rows, ids))
+    return (nats.sum(), nats), (of_rows, of_table.astype(table.dtype))
+
+
+def _summed_backward(_, slopes, gradients):
+    return *jax.tree.map(lambda slope: (gradients[0] * slope).astype(slope.dtype), slopes), None
+
+
+_summed.defvjp(_summed_forward, _summed_backward)
 
 
 def _parts(table, vocab_axis, chunks):

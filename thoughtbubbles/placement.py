@@ -52,6 +52,11 @@ def _zeros(like: AnyArray, shape: tuple[int, ...], dtype: Any, axes: int) -> jax
     return jnp.zeros_like(like, dtype, shape, out_sharding=place)
 
 
+def is_sharded(values: AnyArray) -> bool:
+    """Return whether an array is split over `AxisType.Explicit` mesh axes."""
+    return any(jax.typeof(jnp.asarray(values)).sharding.spec)
+
+
 def embedding_rows(table: AnyArray, index: AnyArray) -> jax.Array:
     """Look up rows of a table, sharded like the indices; NaN for an index outside of the table.
 

@@ -21,7 +21,7 @@ def mixture_loss(num_sources: int) -> Loss:
     """Make the `Loss` of a mixture's rows, which also sums nats and targets of each source.
 
     The loss itself is the same as for a single corpus. The sums of each source are left out if the
-    model's loss is not a sum of `token_losses` (`Architecture.loss_by_token`).
+    model's loss is not that of `summed_loss` (`Architecture.loss_by_token`).
 
     Args:
         num_sources: Number of sources.
@@ -37,15 +37,14 @@ def mixture_loss(num_sources: int) -> Loss:
         rows = batch["tokens"]
         if not model.loss_by_token:
             return model.loss(rows, track=True, key=key)
-        nats, output = model.token_losses(rows, track=True, key=key)
+        total, nats, output = model.summed_loss(rows, track=True, key=key)
         is_target = rows[:, 1:] >= 0
         source = jax.nn.one_hot(batch["source"], num_sources)
-        fixed = jax.lax.stop_gradient(nats).sum(axis=1)
         sums = {
-            _NATS: jnp.einsum("b,bs->s", fixed, source),
+            _NATS: jnp.einsum("bt,bs->s", nats, source),
             _TARGETS: jnp.einsum("b,bs->s", is_target.sum(axis=1, dtype=jnp.float32), source),
         }
-        return nats.sum(), is_target.sum(dtype=jnp.float32), model.statistics(output) | sums
+        return total, is_target.sum(dtype=jnp.float32), model.statistics(output) | sums
 
     return loss
 
