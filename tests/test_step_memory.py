@@ -155,7 +155,7 @@ def test_a_summed_loss_has_the_gradient_of_its_definition(vocab_axis):
 
     expected = jax.value_and_grad(by_targets, (0, 1), has_aux=True)(hidden, table)
     both = jax.jit(jax.value_and_grad(total, (0, 1), has_aux=True), static_argnums=2)
-    for parts in (1, 3, 10):  # the second pads the positions
+    for parts in (1, 2, 5):  # the second pads the rows
         close(both(hidden, table, parts), expected)
         close(total(hidden, table, parts), expected[0])
 
@@ -178,7 +178,7 @@ def test_a_large_loss_computes_its_logits_once(monkeypatch):
     ).lower(model, rows)
     expected = over(by_token).compile()(model, rows)
     monkeypatch.setattr(head, "LARGEST_LOGITS", 4 * B * T * 20)
-    monkeypatch.setattr(head, "SMALLEST_CHUNK", 16)
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
     lowered = over(summed)
     products = re.findall(rf"dot_general.*tensor<(?:\d+x{V}|{V}x\d+)x", lowered.as_text())
     assert len(products) == 3, "logits, and the gradients of hidden states and of the kernel"
@@ -189,10 +189,11 @@ def test_a_large_loss_computes_its_logits_once(monkeypatch):
     assert np.isnan(total) and np.isnan(nats[0]).all() and np.isfinite(nats[1]).all()
 
 
-def test_a_split_batch_sums_the_gradient_of_its_table_once():
-    """Not for each part: a model whose trainer constrains the batch has the loss of its tokens."""
-    model = quick_model(KINDS["plain"])
-    rows = np.zeros((2**20, 2), np.int32)
+def test_several_devices_sum_the_gradient_of_a_kernel_once(monkeypatch):
+    """Not for each part, so they have the loss of single tokens."""
+    model, rows = quick_model(KINDS["plain"]), np.zeros((2, 2**20), np.int32)
+    assert model._loss_parts(rows) == 1
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
     assert model._loss_parts(rows) > 1
     model.constrain = lambda x: x
     assert model._loss_parts(rows) == 1
@@ -260,9 +261,10 @@ def test_number_of_chunks():
     assert head.num_chunks(8 * 1024, 32_768) == 16
     assert head.num_chunks(2**30, 50_304) == 64  # the next divisor above 49
     assert head.num_chunks(2**30, 1000) == 1  # too small a vocabulary to be cut
-    assert head.num_parts(8 * 64, 32_768, 256) == 1
-    assert head.num_parts(8 * 1024, 32_768, 256) == 16
-    assert head.num_parts(8 * 1024, 50_304, 768) == 22  # of 384 positions
+    assert head.num_parts(8, 64, 32_768, 256) == 1
+    assert head.num_parts(8, 1024, 32_768, 256) == 16
+    assert head.num_parts(8, 1024, 50_304, 768) == 22  # of up to 384 positions
+    assert head.num_parts(384, 3, 50_304, 768) == 3 and head.num_parts(385, 3, 50_304, 768) == 1
 
 
 def test_a_sharded_vocabulary_is_never_gathered():

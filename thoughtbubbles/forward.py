@@ -283,15 +283,17 @@ class ForkingDecoder(Architecture):
     def _loss_parts(self, rows: AnyArray) -> int:
         """Return the number of parts in which `head_loss` processes rows, or 1 not to use it."""
         table, _ = self._table()
-        own = self._inherits("token_losses", "log_prob", "logits", "merged", "decode", "unembed")
+        own = "token_losses", "log_prob", "logits", "merged", "decode", "unembed"
+        if isinstance(table, Int8Weight | TransposedKernel) or not self._inherits(*own):
+            return 1
         forks = bool(self.config.fork_layers) or self.config.copies > 1
-        if not own or isinstance(table, Int8Weight | TransposedKernel):
+        mixes = forks and self.config.merge == "probability"
+        # Sharding is no part of a type on `AxisType.Auto` axes, and may be that of other devices.
+        one_device = jax.device_count() == 1 and self.constrain is _identity
+        if mixes or not one_device or is_sharded(rows) or is_sharded(table[...]):
             return 1
-        if (forks and self.config.merge == "probability") or self.constrain is not _identity:
-            return 1
-        if any(map(is_sharded, (rows, table[...]))) or jnp.ndim(rows) != 2:
-            return 1
-        return num_parts(rows.shape[0] * (rows.shape[1] - 1), *self.embed[...].shape)
+        batch, length = rows.shape
+        return num_parts(batch, length - 1, self.config.vocab_size, self.config.embed_dim)
 
     def _table(self) -> tuple[Any, int]:
         """Return the kernel of the LM head, and the index of the kernel's vocabulary axis."""

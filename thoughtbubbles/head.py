@@ -97,8 +97,8 @@ def head_loss(
 
     If the sum is differentiated, the forward pass computes its gradient too, one part of the
     positions after the other. This takes three matrix products, `head_log_prob` in chunks four. If
-    the positions were split over devices, XLA could sum the gradient of the kernel over devices
-    once for each part.
+    rows are split over the devices of `AxisType.Auto` axes, XLA sums the gradient of the kernel
+    over devices once for each part.
 
     Args:
         hidden: Hidden states, one for each position.
@@ -106,7 +106,8 @@ def head_loss(
             in the dtype of the hidden states.
         targets: Token ids, one target for each position, or -1 for no target.
         vocab_axis: Index of the vocabulary axis in `table`.
-        parts: Number of parts into which the positions are split, such as `num_parts`.
+        parts: Number of parts into which the `T` positions of each row are split, such as
+            `num_parts`.
 
     Returns:
         Sum in nats; and the negative log-probability of each target, 0 where there is none. The
@@ -114,12 +115,12 @@ def head_loss(
     """
     # In `shard_map` the kernel varies as the positions do, so its gradient is summed once.
     table = table + jnp.zeros_like(hidden, table.dtype, shape=())
-    padding = -targets.size % parts
-    rows = jnp.pad(hidden.reshape(targets.size, -1), ((0, padding), (0, 0)))
-    ids = jnp.pad(targets.reshape(-1), (0, padding), constant_values=-1)
-    rows, ids = (values.reshape(parts, -1, *values.shape[1:]) for values in (rows, ids))
-    found: Any = _summed(rows, table, ids, vocab_axis)
-    return found[0], found[1].reshape(-1)[: targets.size].reshape(targets.shape)
+    batch, length = targets.shape
+    padding = ((0, 0), (0, -length % parts))
+    rows = jnp.pad(hidden, (*padding, (0, 0))).reshape(batch, parts, -1, hidden.shape[-1])
+    ids = jnp.pad(targets, padding, constant_values=-1).reshape(batch, parts, -1)
+    found: Any = _summed(rows.swapaxes(0, 1), table, ids.swapaxes(0, 1), vocab_axis)
+    return found[0], found[1].swapaxes(0, 1).reshape(batch, -1)[:, :length]
 
 
 def num_chunks(positions: int, vocab_size: int) -> int:
@@ -138,21 +139,24 @@ def num_chunks(positions: int, vocab_size: int) -> int:
     return next((n for n in range(chunks, 2 * chunks) if vocab_size % n == 0), chunks)
 
 
-def num_parts(positions: int, vocab_size: int, embed_dim: int) -> int:
-    """Return the number of parts in which `head_loss` processes the positions by default.
+def num_parts(batch: int, length: int, vocab_size: int, embed_dim: int) -> int:
+    """Return the number of parts in which `head_loss` processes the positions of rows by default.
 
-    The logits of a part take about `LARGEST_LOGITS` bytes or less, but a part has at least half as
-    many positions as the embedding has dimensions, because each part reads and writes the whole
-    gradient of the kernel.
+    The logits of a part take about `LARGEST_LOGITS` bytes or less. But a part has at least about
+    half as many positions as the embedding has dimensions, because each part reads and writes the
+    whole gradient of the kernel. The number is 1 for logits of at most `LARGEST_LOGITS` bytes, and
+    for more rows than a part may have positions, which only `head_log_prob` can split.
 
     Args:
-        positions: Total number of positions in all rows.
+        batch: Number of rows.
+        length: Number of positions of each row.
         vocab_size: Size of the vocabulary.
         embed_dim: Size of the hidden states.
     """
-    if 4 * positions * vocab_size <= LARGEST_LOGITS:
+    if 4 * batch * length * vocab_size <= LARGEST_LOGITS:
         return 1
-    return -(-positions // max(LARGEST_LOGITS // (4 * vocab_size), embed_dim // 2, 1))
+    positions = max(LARGEST_LOGITS // (4 * vocab_size), embed_dim // 2) // batch
+    return -(-length // positions) if positions else 1
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
