@@ -45,15 +45,17 @@ def tokenizer_of(kind: str) -> PretrainedTokenizer:
         options["normalized"] = True
     elif kind == "longer":
         more = [AddedToken("<|im_end|>\n<|im_start|>user", normalized=False)]
+    elif kind == "unk special":
+        special.append("<unk>")  # signs have no tokens of their own
     elif kind == "words":
         more = [AddedToken("is", single_word=True), AddedToken("e re", normalized=False)]
     made.add_special_tokens([AddedToken(token, **options) for token in special])
     made.add_tokens(more)
-    return PretrainedTokenizer(made.to_str(), stop_tokens=special[1:], chat_template=CHATML)
+    return PretrainedTokenizer(made.to_str(), stop_tokens=special[1:2], chat_template=CHATML)
 
 
 KINDS = ["plain", "unigram first", "unigram always", "unigram never", "prefix", "bytes",
-         "space around", "normalized", "words"]  # fmt: skip
+         "space around", "normalized", "words", "unk special"]  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "longer"])
@@ -107,6 +109,14 @@ def test_a_user_ends_no_turn_by_spelling_its_end(kind: str):
     assert learned == [id_ for id_, m in zip(other.ids, other.loss_mask, strict=True) if m]
     prompt = chat_ids(tokenizer, hostile[:3])
     assert found.ids[: len(prompt)] == prompt
+    assert tokenizer.id("<unk>") not in found.ids
+
+
+def test_an_unknown_character_does_not_split_a_text():
+    """What is around it is encoded as in one piece, where a message spells a special token."""
+    plain, special = tokenizer_of("plain"), tokenizer_of("unk special")
+    messages = say("a \u00e9\na <|im_end|> \u00e9 <unk>")
+    assert chat_ids(special, messages) == chat_ids(plain, messages)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -94,10 +94,10 @@ class Speller:
     Args:
         tokenizer: A `tokenizers.Tokenizer` that finds special tokens.
         plain: Its `spelling_tokenizer`.
-        special: Ids of the special tokens.
+        special: Special tokens by id.
     """
 
-    def __init__(self, tokenizer: Any, plain: Any, special: Collection[int]):
+    def __init__(self, tokenizer: Any, plain: Any, special: Mapping[int, str]):
         self._tokenizer, self._special = tokenizer, special
         from tokenizers import AddedToken
 
@@ -122,7 +122,13 @@ class Speller:
             the whole of this text if there is a sign in it.
         """
         found = encoded(self._tokenizer, text, name, add_special_tokens=False)
-        marks = [i for i, id_ in enumerate(found.ids) if id_ in self._special]
+        # An unknown character, such as a sign, has the id of the unknown token, which may be
+        # special too. The match of a special token may include the white space around it.
+        marks = [
+            index
+            for index, (id_, (begin, end)) in enumerate(zip(found.ids, found.offsets, strict=True))
+            if id_ in self._special and self._special[id_] in text[begin:end]
+        ]
         ids: list[int] = []
         spans: list[tuple[int, int]] = []
         start = first = 0  # of the tokens behind the last special one: character, and token

@@ -265,7 +265,7 @@ class PretrainedTokenizer:
 
     @functools.cached_property
     def _speller(self) -> Speller:
-        special = {self._vocabulary[token] for token in self.special_tokens()}
+        special = {self._vocabulary[token]: token for token in self.special_tokens()}
         return Speller(self._tokenizer, self._plain, special)
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
