@@ -45,11 +45,6 @@ def take_examples(texts: list[str]) -> None:
         EXAMPLES[name] = text
 
 
-def is_ours(entry: type) -> bool:
-    """Return whether a class is the library's own; promises of its entries may be stricter."""
-    return entry.__module__.partition(".")[0] in ("thoughtbubbles", "train")
-
-
 def example(name: str, entry: type) -> str:
     """Return the text that makes an entry; the test fails if that needs options nobody gave.
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from thoughtbubbles.policies import POLICIES
+from thoughtbubbles.registry import Registry
 from train.cli.plugins import load_plugins
 from train.rl.environments import ENVIRONMENTS
 from train.rl.named_tasks import make_task
@@ -153,11 +154,30 @@ def test_a_name_means_one_thing(monkeypatch):
     again = type("Mine", (Copy,), {})
     for entry in (mine, again, Copy(), again):  # an object, which is refused where it is looked up
         monkeypatch.setitem(TASKS, "own_copy", entry)  # as a cell of a notebook that is run again
-    with pytest.raises(ValueError, match="task 'own_copy' has the name 'copy', which a run would"):
+    line = (
+        "task 'own_copy' has the name 'copy', which a run would save: set its `word` to 'own_copy'"
+    )
+    with pytest.raises(ValueError, match=line):
         make_task("own_copy", 0)
     monkeypatch.setitem(ENVIRONMENTS, "own_copy", mine)
     with pytest.raises(ValueError, match="own_copy is a task and an environment: register one"):
         make_task("copy", 0)
+
+
+def test_no_way_of_adding_entries_passes_the_checks():
+    mine, registry = type("Mine", (Copy,), {}), Registry("policy", POLICIES)
+    for add in (registry.update, registry.__ior__):
+        for entries in ({"TopK": mine}, [("TopK", mine)]):
+            with pytest.raises(ValueError, match="policy 'TopK' is TopK of the library"):
+                add(entries)
+    with pytest.raises(ValueError, match="policy 'TopK' is TopK of the library"):
+        registry.update(TopK=mine)
+    with pytest.raises(ValueError, match="policy 'my-own': choose a name of letters"):
+        registry.setdefault("my-own", mine)
+    assert registry == POLICIES and registry.setdefault("TopK", mine) is POLICIES["TopK"]
+    both = registry
+    registry |= {"Mine": mine}
+    assert registry is both and registry.setdefault("Other", mine) is registry["Mine"] is mine
 
 
 @pytest.mark.experiment  # a minute; after a change of a contract or of an example of these pages

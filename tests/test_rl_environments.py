@@ -11,9 +11,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from contracts import example, is_ours
+from contracts import example
 from rl_tiny import language_model
 
+from thoughtbubbles.registry import is_ours
 from train.data import ByteTokenizer
 from train.experiments import environments as table
 from train.experiments.study import read_results

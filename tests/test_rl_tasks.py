@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 import time
@@ -16,8 +17,9 @@ from typing import Any
 import fake_gem
 import numpy as np
 import pytest
-from contracts import example, is_ours
+from contracts import example
 
+from thoughtbubbles.registry import is_ours
 from train.cli.plugins import OPTION
 from train.rl.environments import ENVIRONMENTS
 from train.rl.named_tasks import make_task, tasks_help
@@ -530,6 +532,20 @@ def test_the_real_reasoning_gym():
     gold = eval(problem.prompt.split(":")[-1].split("=")[0])
     assert task.score(say(problem, str(gold))) == Reward(1.0, True)
     assert not task.score(say(problem, "x")).success
+
+
+@pytest.mark.parametrize("named", [None, "other", "own2", "other(size=1)"])
+def test_a_task_has_the_name_that_it_is_registered_by(named, monkeypatch):
+    own = dataclasses.make_dataclass("Own", [("size", int, 1)], frozen=True)
+    monkeypatch.setitem(TASKS, "own", own)
+    if named is not None:
+        own.name, own.word = named, "own"
+    line = f"task 'own' has the name {named!r}, which a run would save: set its `name` to 'own', or"
+    with pytest.raises(ValueError, match=re.escape(line)):
+        make_task("own(size=2)", 0)
+    for name in ("own", "own(size=2)", "own:2"):
+        own.name = name
+        assert make_task("own(size=2)", 0) == own(2)
 
 
 def test_a_task_needs_no_seed_and_its_own_may_be_written(monkeypatch):

@@ -1,8 +1,8 @@
 """Registries: dictionaries from the names that configs and options use to classes."""
 
 import keyword
-from collections.abc import Mapping
-from typing import Any, TypeVar
+from collections.abc import Mapping, MutableMapping
+from typing import Any, Self, TypeVar
 
 T = TypeVar("T")
 _OURS = ("thoughtbubbles", "train")
@@ -41,15 +41,25 @@ class Registry(dict[str, type[T]]):
                 "my_name, so that name(option=value) can be written"
             )
         known = self.get(name)
-        if _is_ours(known) and _path(known) != _path(entry):
+        if is_ours(known) and _path(known) != _path(entry):
             raise ValueError(
                 f"{self.kind} {name!r} is {_path(known)[1]} of the library: register "
                 f"{getattr(entry, '__name__', entry)} by another name"
             )
         super().__setitem__(name, entry)
 
+    # Those of a dict don't call `__setitem__`.
+    update = MutableMapping.update
+    setdefault = MutableMapping.setdefault
 
-def _is_ours(entry: Any) -> bool:
+    def __ior__(self, entries: Any) -> Self:
+        """Add entries, a mapping or pairs of name and class, each of which is checked."""
+        self.update(entries)
+        return self
+
+
+def is_ours(entry: Any) -> bool:
+    """Return whether an entry is a class of the library's own."""
     return isinstance(entry, type) and entry.__module__.partition(".")[0] in _OURS
 
 

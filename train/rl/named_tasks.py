@@ -67,7 +67,8 @@ def make_task(spec: str, seed: int) -> Task | Environment:
 
     Raises:
         ValueError: The seed is negative, there is no such task or option, a value is invalid, or
-            the task of a plugin is not a dataclass or has another name.
+            the task of a plugin is not a dataclass, or its `name` does not begin with the name that
+            it is registered by.
     """
     if seed < 0:
         raise ValueError(f"seed={seed}: choose 0 or more")
@@ -83,9 +84,12 @@ def make_task(spec: str, seed: int) -> Task | Environment:
         check_dataclass("task", name, chosen)
     seeded = chosen is not None and "seed" in {field.name for field in dataclasses.fields(chosen)}
     made = from_text(text, tasks_by_name(), "task", **({"seed": seed} if seeded else {}))
-    if made.name.partition("(")[0].partition(":")[0] != name:
+    known_as = getattr(made, "name", None)
+    if str(known_as).partition("(")[0].partition(":")[0] != name:
+        way_out = f"`name` to {name!r}, or to {name}(...)"
+        if getattr(made, "word", name) != name:  # of which tasks of the library make their name
+            way_out = f"`word` to {name!r}"
         raise ValueError(
-            f"task {name!r} has the name {made.name!r}, which a run would save: register it by its "
-            "word"
+            f"task {name!r} has the name {known_as!r}, which a run would save: set its {way_out}"
         )
     return made
