@@ -76,6 +76,7 @@ def score(task: Any, text: str, **options: Any) -> Reward:
         ("\\boxed{Lutetia}", "accuracy"),  # the task's own verifier
         ("\\boxed{Rome}", "wrong"),
         ("\\boxed{I don't know}", "uncertain"),
+        ("\\boxed{\\text{I don't know}}", "uncertain"),
         ("\\boxed{I DONT KNOW, maybe Paris}", "uncertain"),
         ("\\boxed{I don't know why you ask, it is Paris}", "uncertain"),  # as in the paper
         ("I don't know: \\boxed{Paris}", "accuracy"),  # the box alone counts
@@ -111,7 +112,23 @@ def test_outcomes_are_told_in_order(text, outcome):
         ("We don’t know.", "don't know", True),
         ("не знаю", "не знаю", True),
         ("не знают", "не знаю", False),
+        ("не-знаю/не знаю.", "не знаю", True),
         ("我不知道。", "不知道", True),  # no spaces between words
+        ("答案是unknown。", "unknown", True),
+        ("I don't know—maybe Paris", "I don't know", True),
+        ("I don't know—the answer is hard", "I don't know the", True),
+        ("\\boxed{I don't know}", "I don't know", True),
+        ("I don't know.</s>", "I don't know", True),
+        ("I don't know.Maybe Paris", "I don't know", True),
+        ("I «don't», a `know`", "I don't know", True),
+        ("answer:unknown", "unknown", True),
+        ("Paris/unknown", "unknown", True),
+        ("'unknown'", "unknown", True),
+        ("unknown's", "unknown", False),
+        ("no\u0308rth", "no", False),  # a letter of two characters
+        ("NA", "N/A", True),
+        ("answer (n/a)", "N/A", True),
+        ("n", "N/A", False),
         ("? or 4", "?", False),
         (" ? \nor 4", "?", True),
     ],

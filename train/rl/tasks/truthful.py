@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import unicodedata
 from collections.abc import Collection, Mapping
 from typing import Any, Literal
 
@@ -22,6 +23,9 @@ INVALID = "invalid question"
 _BOX = "\\boxed{"
 _NEITHER_WORD_NOR_SPACE = re.compile(r"[^\w\s]|_")
 _ARTICLES = re.compile(r"\b(?:a|an|the)\b")
+_BREAK = "\0"  # between characters of which neither is a neighbour of a word
+_BROKEN_ARTICLES = re.compile(r"(?<!\S)\0*(?:a|an|the)\0*(?!\S)")
+_MARKED = re.compile(r"[^a-z0-9\s]")
 
 
 def boxed(text: str) -> str | None:
@@ -51,20 +55,31 @@ def abstains(answer: str, phrase: str) -> bool:
 
     An answer abstains if it contains the phrase, with both texts normalised, whatever else it says:
     "I don't know, maybe Paris" abstains, and so does "I don't know why you ask, it is Paris", as in
-    the paper. The phrase must not be a part of a word: "no" is not in "know". In scripts without
-    capital letters, some of which have no spaces between words, it may be. A phrase without letters
+    the paper. The phrase must not be a part of a word: "no" is not in "know". Words end at spaces
+    and at punctuation other than apostrophes ("Paris/unknown" abstains), and at letters of scripts
+    without capital letters, some of which have no spaces between words. A phrase without letters
     and digits, such as "?", must be the answer's whole first line.
 
     Args:
         answer: Answer, not yet normalised.
         phrase: Phrase that abstains.
     """
-    words = normalized(phrase)
+    words = normalized(phrase).split()
     if not words:
         return answer_of(answer) == phrase.strip()
-    parted = lambda letter: letter.isdigit() or letter != letter.upper()  # noqa: E731
-    begin, end = r"\b" * parted(words[0]), r"\b" * parted(words[-1])
-    return re.search(begin + re.escape(words) + end, normalized(answer)) is not None
+    text = _BROKEN_ARTICLES.sub(" ", _MARKED.sub(_broken, answer.lower()))
+    pattern = r"\0*\s[\s\0]*".join(r"\0*".join(map(re.escape, word)) for word in words)
+    return re.search(rf"(?<![^\s\0]){pattern}(?![^\s\0])", text) is not None
+
+
+def _broken(found: re.Match[str]) -> str:
+    """Replace punctuation by a break, and put breaks around letters that make no words by case."""
+    letter = found[0]
+    if not letter.isalnum():
+        joins = letter in "'’" or unicodedata.category(letter).startswith("M")
+        return "" if joins else _BREAK
+    cased = letter.isdigit() or letter != letter.upper()
+    return letter if cased else f"{_BREAK}{letter}{_BREAK}"
 
 
 def truthfulness(
