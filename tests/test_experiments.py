@@ -120,11 +120,24 @@ def test_finished_runs_are_found_again(tmp_path):
     assert read_results(out) == again.found and len(again.found) == 2
     whole = out.read_text()
     out.write_text(whole + '{"arm": "c", "se')  # by a kill, or a full disk
+    assert read_results(out) == again.found
     assert Results(out, ("arm", "seed")).found == again.found and out.read_text() == whole
     out.write_text(half := '{"question": "?"}\n{"question')  # not of an experiment
     with pytest.raises(ValueError, match="line 2: not JSON"):
         Results(out, ("arm", "seed"))
     assert out.read_text() == half
+    for half, left in (
+        ('{"se', ""),  # the first result, whatever its first entry
+        ('{"arm": "a", "seed": 0, "lo', ""),
+        ('{"arm": "a"}\n{"arm": "b', '{"arm": "a"}\n'),  # which lacks an entry
+    ):
+        out.write_text(half)
+        Results(out, ("arm", "seed"))
+        assert out.read_text() == left
+    for text in ("notes", '{"arm": "a"}\n{"arm\n', '{"arm": "a"}\n{"arm\n{"ar', "[{}, 3]"):
+        (file := out.with_suffix(".json")).write_text(text)
+        with pytest.raises(ValueError, match="not JSON|not an object"):
+            read_results(file)
 
 
 def test_the_last_line_of_files_that_are_appended_to(tmp_path):

@@ -11,8 +11,9 @@ import numpy as np
 
 from train.cli.config_json import as_json
 from train.cli.numbers import check_least
+from train.data.config import DataError
 from train.data.json_lines import read_json_lines
-from train.runs.appended import append_objects, drop_half_line, object_of
+from train.runs.appended import append_objects, begins_with, drop_half_line, object_of
 from train.runs.files import check_new_file, check_regular
 from train.runs.metadata import load_run_meta
 
@@ -87,13 +88,24 @@ def check_names(kind: str, names: Iterable[str], known: Iterable[str]) -> None:
 def read_results(path: str | Path) -> list[Result]:
     """Read the results in a file, in the order in which they were finished.
 
+    Behind whole results, a last line that an interruption has left incomplete is no result.
+
     Args:
         path: File of results, one JSON object on each line.
 
     Raises:
-        DataError: The file can't be read, or a line is not a JSON object.
+        DataError: The file can't be read, or another line is not a JSON object.
     """
-    return [line.fields for line in read_json_lines(Path(path))]
+    found: list[Result] = []
+    try:
+        found.extend(line.fields for line in read_json_lines(Path(path)))
+    except DataError:
+        if not found:
+            raise
+        *whole, last = filter(bytes.strip, Path(path).read_bytes().splitlines(keepends=True))
+        if len(whole) != len(found) or last.endswith(b"\n"):
+            raise
+    return found
 
 
 class Results:
@@ -118,7 +130,8 @@ class Results:
         if not self._path.exists():
             check_new_file(self._path)
         drop_half_line(self._path, self._is_own)
-        self.found = read_results(path) if self._path.exists() else []
+        lines = read_json_lines(self._path) if self._path.exists() else ()
+        self.found: list[Result] = [line.fields for line in lines]  # no half line: not its own
 
     def __contains__(self, run: Mapping[str, Any]) -> bool:
         entries = [run[name] for name in self._key]
@@ -143,7 +156,9 @@ class Results:
 
     def _is_own(self, first: bytes) -> bool:
         result = object_of(first)
-        return result is not None and all(name in result for name in self._key)
+        if result is None:
+            return any(begins_with(f'{{"{name}"'.encode())(first) for name in self._key)
+        return any(name in result for name in self._key)
 
 
 def run_study(
