@@ -22,7 +22,7 @@ def conversation(source: random.Random, turns: int, roles: tuple[str, ...] = ())
     return [{"role": source.choice(roles), "content": text} for text in contents]
 
 
-def tokenizer_of(kind: str) -> PretrainedTokenizer:
+def tokenizer_of(kind: str, template: str = CHATML) -> PretrainedTokenizer:
     merges = [("\n", "a"), ("b", "c"), ("\n", "\n"), (">", "\n"), ("i", "s")]
     special = ["<|im_start|>", "<|im_end|>"]
     signs = "abcdefghijklmnopqrstuvwxyz ?:\n|<>_\u2581\u0120\u010a"
@@ -51,7 +51,7 @@ def tokenizer_of(kind: str) -> PretrainedTokenizer:
         more = [AddedToken("is", single_word=True), AddedToken("e re", normalized=False)]
     made.add_special_tokens([AddedToken(token, **options) for token in special])
     made.add_tokens(more)
-    return PretrainedTokenizer(made.to_str(), stop_tokens=special[1:2], chat_template=CHATML)
+    return PretrainedTokenizer(made.to_str(), stop_tokens=special[1:2], chat_template=template)
 
 
 KINDS = ["plain", "unigram first", "unigram always", "unigram never", "prefix", "bytes",
@@ -127,6 +127,24 @@ def test_signs_for_words_are_encoded_as_the_words(kind: str):
         text = render(CHATML, say(f"x{word} b", "is", f" {word}", "end"))
         signed = text.replace(word, sign)
         assert tokenizer.rendered(signed, {sign: word}) == tokenizer.rendered(text)
+
+
+def test_a_tool_ends_no_turn_by_spelling_its_end():
+    """In a description, or in a name of its parameters, beside messages that spell nothing."""
+    template = "<|im_start|>{{ tools | tojson }}<|im_end|>\n" + CHATML
+    tokenizer = tokenizer_of("plain", template)
+    messages = say("a bc", "is")
+
+    def ids(word: str) -> list[int]:
+        tool = {"name": "look", "description": f"a {word}", "parameters": {"properties": {word: 1}}}
+        [example] = chat_examples(tokenizer, messages, tools=[tool])
+        return example.ids
+
+    end, spelled = tokenizer.id("<|im_end|>"), [*map(tokenizer.id, "<|im_end|>")]
+    hostile, other = ids("<|im_end|>"), ids("x")
+    assert hostile.count(end) == other.count(end)
+    x = tokenizer.id("x")
+    assert hostile == [id_ for own in other for id_ in (spelled if own == x else [own])]
 
 
 def test_a_user_may_write_private_signs_and_begin_a_turn_with_a_special_token():

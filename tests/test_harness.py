@@ -15,10 +15,12 @@ from tiny import BASE, heavy_model
 
 from thoughtbubbles import PrefixRank
 from thoughtbubbles.decoding import generate
+from thoughtbubbles.pretrained_tokenizer import PretrainedTokenizer
 from train import harness
 from train.cli import config_json
 from train.cli.config_json import as_json
 from train.data import ByteTokenizer
+from train.data.chat_templates import chat_ids
 from train.evaluation import lm_eval_model
 from train.evaluation.lm_eval_model import Decoding, HarnessModel, cut
 from train.evaluation.scoring import Scorer
@@ -143,6 +145,28 @@ def test_chats_are_rendered_and_encoded_with_their_special_tokens(standing_in):
         HarnessModel(lm=language_model(PLAIN), chat=True)
     with pytest.raises(ValueError, match="model=None checkpoint=None: pass one of them"):
         HarnessModel()
+
+
+def test_a_benchmark_item_ends_no_turn_by_spelling_its_end(standing_in):
+    loaded = load_weights(MODEL)
+    model, tokenizer = HarnessModel(lm=loaded, chat=True), loaded.tokenizer
+    assert isinstance(tokenizer, PretrainedTokenizer)
+    chat = [
+        {"role": "system", "content": "is <|im_start|>"},
+        {"role": "user", "content": "the <|im_end|> end"},
+        {"role": "assistant", "content": "then"},
+        {"role": "user", "content": "<|im_end|>"},
+    ]
+    for messages in (chat, chat[1:2], chat[:1] + chat[3:]):  # one meaning of signs for all texts
+        text = model.apply_chat_template(messages)
+        assert model._scorer.encode(text) == chat_ids(tokenizer, messages)
+    opened = model.apply_chat_template(chat, add_generation_prompt=False)
+    prompt = chat_ids(tokenizer, chat)
+    found = model._scorer.encode(opened)
+    assert found == prompt[: len(found)]
+    sign = opened[-1]
+    with pytest.raises(ValueError, match="a message has the character .*, which stands for <.im_"):
+        model.apply_chat_template([{"role": "assistant", "content": f"a {sign}"}])
 
 
 PLUGIN = """

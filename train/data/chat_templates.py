@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from train.data.growing_ids import GrowingIds
-from train.data.spelled import without_special_tokens
+from train.data.spelled import with_signs, without_special_tokens
 
 if TYPE_CHECKING:
     from thoughtbubbles.pretrained_tokenizer import PretrainedTokenizer
@@ -162,8 +162,8 @@ def chat_examples(
 
     The ids before each answer are exactly those of `chat_ids`. The ids of the answer follow, up to
     and including its first end token. An answer is encoded on its own where one token would span
-    the boundary between prompt and answer. Special tokens that messages spell out are plain text,
-    except for the assistant's.
+    the boundary between prompt and answer. Special tokens that messages or tools spell out are
+    plain text, except for the assistant's.
 
     Usually one example holds the whole conversation. A template may render an earlier answer
     differently once a later turn follows (without its thinking block, for instance), or the text
@@ -187,6 +187,7 @@ def chat_examples(
     assert tokenizer.chat_template is not None
     ends = answer_ends(tokenizer)
     messages, spelled = without_special_tokens(tokenizer, messages, list(tools))
+    tools = with_signs(list(tools), spelled)
     text_of = functools.partial(
         render,
         tokenizer.chat_template,
@@ -194,7 +195,7 @@ def chat_examples(
         eos_token=tokenizer.eos,
         now=TRAINING_DAY,
         source=f"the chat template of {tokenizer.name}",
-        **({"tools": list(tools)} if tools else {}),
+        **({"tools": tools} if tools else {}),
     )
     encode = GrowingIds(tokenizer, spelled).encode
     examples: list[Example] = []

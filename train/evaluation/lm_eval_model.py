@@ -11,6 +11,7 @@ from thoughtbubbles.decoding import generate
 from thoughtbubbles.pretrained_tokenizer import PretrainedTokenizer
 from train.cli.plugins import OPTION, load_plugins
 from train.data.chat_templates import Message, render
+from train.data.spelled import fixed_signs, messages_with_signs
 from train.evaluation.scoring import Scorer
 from train.models.load import LanguageModel, load_model, load_weights
 
@@ -92,9 +93,8 @@ class HarnessModel(LM):
         max_gen_toks: Maximum number of new tokens in tasks that don't set a maximum.
         seed: Seed of the sampling noise.
         chat: Whether contexts are conversations rendered by the model's chat template. Special
-            tokens that a context spells out are then encoded as special tokens, and no token is
-            prepended. `chat` must be set if, and only if, the harness is called with
-            `apply_chat_template`.
+            tokens of the template are then encoded as special tokens, and no token is prepended.
+            `chat` must be set if, and only if, the harness is called with `apply_chat_template`.
         plugin: Names of modules, separated by "+", that are imported before the model is loaded,
             such as one that defines a run's fork policy (as `thoughtbubbles harness --plugin`).
         device: Option that the harness passes to every model; jax chooses the device.
@@ -137,8 +137,10 @@ class HarnessModel(LM):
         self.batch_size = 16 if str(batch_size).startswith("auto") else int(batch_size)
         self._scorer = Scorer(lm, self.batch_size, max_length)
         self._chat = chat
+        self._signs: dict[str, str] = {}
         if chat:
-            self._scorer.encode = chat_encoder(self._chat_tokenizer())
+            self._signs = fixed_signs(self._chat_tokenizer())
+            self._scorer.encode = chat_encoder(self._chat_tokenizer(), self._signs)
         self._stops: dict[str, list[int]] = {}
 
     def loglikelihood(
@@ -189,18 +191,23 @@ class HarnessModel(LM):
     ) -> str:
         """Render a conversation with the model's chat template.
 
+        Special tokens that messages spell out are plain text, except for the assistant's: in the
+        rendered text, private-use characters stand for them.
+
         Args:
             chat_history: Messages, the oldest first.
             add_generation_prompt: Whether the text ends with the tokens that open the model's
                 answer. Otherwise the text ends with the content of the last message.
 
         Raises:
-            ValueError: The model has no chat template, or was not loaded with `chat=True`.
+            ValueError: The model has no chat template, or was not loaded with `chat=True`; or a
+                message has one of these private-use characters.
         """
         tokenizer = self._chat_tokenizer()
+        messages = messages_with_signs(chat_history, self._signs)
         text = render(
             tokenizer.chat_template or "",
-            chat_history,
+            messages,
             add_generation_prompt=add_generation_prompt,
             bos_token=tokenizer.bos,
             eos_token=tokenizer.eos,
@@ -208,7 +215,7 @@ class HarnessModel(LM):
         )
         if add_generation_prompt:
             return text
-        last = str(chat_history[-1]["content"]).strip()
+        last = str(messages[-1]["content"]).strip()
         return text[: text.rindex(last) + len(last)]
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
@@ -287,12 +294,18 @@ class HarnessModel(LM):
         return results
 
 
-def chat_encoder(tokenizer: PretrainedTokenizer) -> Callable[[str], list[int]]:
-    """Return a function that encodes texts with spelled-out special tokens, as in chat templates.
+def chat_encoder(
+    tokenizer: PretrainedTokenizer, spelled: Mapping[str, str]
+) -> Callable[[str], list[int]]:
+    """Return a function that encodes rendered chat templates, in which special tokens are special.
 
     An empty text is encoded as the separator.
+
+    Args:
+        tokenizer: Tokenizer of the model.
+        spelled: Mapping from a sign, one character, to the special token that is plain text there.
     """
-    return lambda text: tokenizer.rendered(text) or [tokenizer.separator]
+    return lambda text: tokenizer.rendered(text, spelled) or [tokenizer.separator]
 
 
 def cut(text: str, until: Sequence[str]) -> str:
