@@ -233,16 +233,10 @@ class Architecture(Module):
             output: Result of `run` or `advance`.
             position: Position in each row, `[B]` int32.
         """
-        hidden = jnp.take_along_axis(output, position[:, None, None], axis=1)
-        return self.unembed(hidden)[:, 0]
+        return self.unembed(jnp.take_along_axis(output, position[:, None, None], axis=1))[:, 0]
 
     def log_prob(self, output: Any, targets: AnyArray) -> jax.Array:
-        """Compute the log-probability of the target at each position, `[B, T]` float32.
-
-        Args:
-            output: Result of `run`.
-            targets: Token ids `[B, T]` int32.
-        """
+        """Compute log-probabilities `[B, T]` float32 of `targets [B, T]` after `run`'s `output`."""
         return log_prob_of(self.logits(output), targets)
 
     def __call__(self, tokens: AnyArray, mask: AnyArray | None = None) -> jax.Array:
@@ -277,25 +271,18 @@ class Architecture(Module):
             ValueError: The rows are not integers `[B, T + 1]` with T >= 1, or (outside of `jit`) a
                 row has padding before a token.
         """
-        inputs, targets, output = self._teacher_forced(rows, track, key)
-        log_prob = self.log_prob(output, jnp.maximum(targets, 0))
-        return nats_of(log_prob, inputs, targets), output
-
-    def _teacher_forced(self, rows: AnyArray, track: bool, key: jax.Array | None) -> Any:
-        """Return inputs, targets and the result of `run`; arguments are as of `token_losses`."""
         inputs, targets = next_tokens(rows)
         length = (inputs >= 0).sum(axis=1, dtype=jnp.int32)
-        return inputs, targets, self.run(jnp.maximum(inputs, 0), length, track=track, key=key)
+        output = self.run(jnp.maximum(inputs, 0), length, track=track, key=key)
+        log_prob = self.log_prob(output, jnp.maximum(targets, 0))
+        return nats_of(log_prob, inputs, targets), output
 
     def summed_loss(
         self, rows: AnyArray, *, track: bool = False, key: jax.Array | None = None
     ) -> tuple[jax.Array, jax.Array, Any]:
         """Compute the sum of `token_losses`, whose gradient may cost less than theirs.
 
-        Args:
-            rows: Token ids `[B, T + 1]` int32; -1 is padding on the right, which is not a target.
-            track: Whether to update `Tracked` variables from these rows, as in training.
-            key: PRNG key of noise in training; None for no noise.
+        Arguments and errors are those of `token_losses`.
 
         Returns:
             Sum in nats, float32; the losses of the tokens `[B, T]`, which have no gradient; and the
@@ -309,10 +296,7 @@ class Architecture(Module):
     ) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
         """Compute the pretraining loss as a sum, to be added over micro-batches and devices.
 
-        Args:
-            rows: Token ids `[B, T + 1]` int32; -1 is padding on the right, which is not a target.
-            track: Whether to update `Tracked` variables from these rows, as in training.
-            key: PRNG key of noise in training; None for no noise.
+        Arguments and errors are those of `token_losses`.
 
         Returns:
             Summed loss in nats, number of targets (both float32), and the result of `statistics`.
@@ -387,8 +371,6 @@ class Architecture(Module):
         if not self.cacheable:
             raise ValueError(f"{self.config} is not causal: it can't be decoded with a cache")
 
-    # Statistics of training and evaluation.
-
     def statistics(self, output: Any) -> dict[str, jax.Array]:
         """Return sums over a batch, keyed by name, from which `step_metrics` computes metrics."""
         return {}
@@ -455,13 +437,13 @@ def architecture_name(config: Any) -> str:
         ValueError: Not exactly one entry of `ARCHITECTURES` has configs of this class.
     """
     names = [name for name, entry in ARCHITECTURES.items() if type(config) is entry.config_class]
-    if len(names) > 1:
+    if len(names) == 1:
+        return names[0]
+    if names:
         raise ValueError(
             f"the architectures {' and '.join(names)} share {type(config).__name__}: give each a "
             "config class of its own"
         )
-    if names:
-        return names[0]
     raise ValueError(
         f"{type(config).__name__} is the config of no architecture: put its module into "
         "thoughtbubbles.architecture.ARCHITECTURES, in a module that --plugin names"

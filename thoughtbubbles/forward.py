@@ -32,7 +32,7 @@ from thoughtbubbles.placement import AnyArray, embedding_rows, is_sharded
 from thoughtbubbles.policy import Policy
 from thoughtbubbles.quantisation import Int8Weight
 from thoughtbubbles.recompute import POLICIES, recomputed
-from thoughtbubbles.rows import padded_in_front, real_ids
+from thoughtbubbles.rows import next_tokens, padded_in_front, real_ids
 from thoughtbubbles.sampling import log_prob_of
 from thoughtbubbles.short_repr import ShortRepr
 from thoughtbubbles.sites import Visit, plan_of
@@ -266,7 +266,9 @@ class ForkingDecoder(Architecture):
         parts = self._loss_parts(rows)
         if parts == 1:
             return super().summed_loss(rows, track=track, key=key)
-        inputs, targets, output = self._teacher_forced(rows, track, key)
+        inputs, targets = next_tokens(rows)
+        length = (inputs >= 0).sum(axis=1, dtype=jnp.int32)
+        output = self.run(jnp.maximum(inputs, 0), length, track=track, key=key)
         hidden = self.final_norm(self.merged(output.streams))
         table, vocab_axis = self._table()
         wrong = padded_in_front(inputs, targets)
