@@ -41,9 +41,9 @@ def part_from_text(kind: str, text: str) -> Any:
             under another name than its `word`.
     """
     part = from_text(text, KINDS[kind][1], kind)
-    word = getattr(part, "word", None)
-    if word != text.partition("(")[0].strip():
-        raise ValueError(f"{kind} {text!r} has the word {word!r}: register it by its word")
+    word, name = getattr(part, "word", None), text.partition("(")[0].strip()
+    if word != name:
+        raise ValueError(f"{kind} {text!r} has the word {word!r}: set its `word` to {name!r}")
     return checked(kind, part)
 
 
