@@ -324,12 +324,24 @@ def test_hidden_facts_are_not_in_the_prompt():
         ("18 $", "18"), ("5 CO₂", "5"), ("...5", "5"), ("3 dozens", None),
         ("about 5 millions.", None), ("- \\frac{3}{4}", "-0.75"),
         ("it is $- \\frac{3}{4}$", "-0.75"), ("1 - ½", None),
-        ("\\boxed{- \\frac{3}{4}}", "-0.75"), ("\\frac{- 3}{4}", "-0.75"), ("it is − 3.", "-3"),
-        ("5 - \\frac{3}{4}", None), ("x - \\frac{3}{4}", None), ("#### 5 - \\frac{1}{2}", None),
-        ("$x$ - 3", None), ("(2+1) - 3", None), ("$5 - $3", None), ("5% - 3", None),
-        ("x = - 3", "-3"), ("so (- 3)", "-3"), ("Answer: - 3 apples", "-3"), ("Answer - 18", "18"),
-        ("#### - 3\nDone.", "-3"), ("Sum:\n- ½", "-0.5"), ("Sum:\n- 5 pears\n- 6", "6"),
-        ("**- $5**", "-5"), ("it is - 1 ½ cups", "-1.5"), ("is $-\\;\\frac{1}{2}$", "-0.5"),
+        ("\\boxed{- \\frac{3}{4}}", "-0.75"), ("\\frac{- 3}{4}", "-0.75"), ("it is − 3.", "3"),
+        ("5 - \\frac{3}{4}", None), ("x - \\frac{3}{4}", "0.75"), ("#### 5 - \\frac{1}{2}", None),
+        ("$x$ - 3", "3"), ("(2+1) - 3", "3"), ("$5 - $3", None), ("5% - 3", None), ("½ - 3", None),
+        ("\\$5 - \\$3", None), ("\\boxed{5} - 3", None), ("$5$ - \\frac{1}{2}", None),
+        ("x = - 3", "-3"), ("so (- 3)", "-3"), ("Answer: - 3 apples", "3"), ("Answer - 18", "18"),
+        ("#### - 3\nDone.", "-3"), ("Sum:\n- ½", "0.5"), ("- 5 pears\n- 6", "6"),
+        ("- 5 pears\n- or so", "5"), ("\n \n− 18", "-18"), ("- 18 apples", "-18"),
+        ("####\n- $5", "-5"), ("= - \\$5", "-5"), ("**- $5**", "-5"), ("is $- 5$", "-5"),
+        ("is $-\\;\\frac{1}{2}$", "-0.5"), ("is $ - 5$", "-5"), ("in $ - 18", "18"),
+        ("Answer:\n- 18 apples", "18"), ("Cost:\n  - 18 dollars", "18"), ("1.\n- 18", "18"),
+        ("Answer: - 18 apples", "18"), ("answer, - 18", "18"), ("> - 18", "18"),
+        ("Total (in dollars) - 18", "18"), ("Answer (b) - 18", "18"), ("plan b - 18", "18"),
+        ("part a - 18", "18"), ("**Day 2** - 18", "18"), ("18 - or so", "18"), ("* - 5", "5"),
+        ("\\boxed{2x - 3}", None), ("\\boxed{N - 3}", None), ("$\\theta - 3$", None),
+        ("\\boxed{2\\pi - 3}", None), ("$|x| - 3$", None), ("\\(x_{1} - 3\\)", None),
+        ("\\[\\sqrt{2} - 3\\]", None), ("$$\nx - 3\n$$", None), ("$\\frac{x}{2} - 3$", None),
+        ("\\boxed{3 - \\pi}", None), ("$\\frac{3}{4} - \\pi$", None), ("$x - 3$ is 5", "5"),
+        ("$2x - 3 = - 5$", "-5"), ("$x - 3 \\to \\boxed{- 5}$", "-5"), ("$$\n- 3\n$$", "-3"),
     ],
 )  # fmt: skip
 def test_final_numbers(text, number):
@@ -373,6 +385,8 @@ def test_long_texts_are_read_quickly():
     begin = time.process_time()
     for piece in ("9", "9,", "1,000", "#### ", "-", "$-", "1.", "x\n", "\\frac{", " ", "- 3"):
         final_number(piece * (1_000_000 // len(piece)))
+    for piece in ("- ", "$x - ", "\\boxed{", "\\boxed{{a} ", "\\(", "\\[x", "$$", "\n- 3"):
+        final_number(piece * (100_000 // len(piece)))
     assert time.process_time() - begin < 5
 
 

@@ -32,7 +32,6 @@ _NO_UNITS = _MULTIPLIERS | frozenset(
 )  # fmt: skip
 
 _LATEX = (
-    (re.compile(r"\{\s*([-+])\s+"), r"{\1"),  # as a brace, which this removes, begins a number
     (re.compile(r"\\(?:text|mathrm|mathbf)\{([^{}]*)\}(?=\^)"), r" \1"),  # cm^2 is one word
     (re.compile(r"\^\{?\\circ\b\}?"), "°"),
     (re.compile(r"\\sqrt\{([^{}]*)\}"), lambda found: f" √{found[1].strip()} "),
@@ -51,15 +50,20 @@ _THOUSANDS = re.compile(
     rf"(?<![0-9.,/:'])(?<![0-9][{_SPACES}])([1-9][0-9]{{0,2}})((?:[{_SPACES}][0-9]{{3}})+)(?![0-9])"
 )
 _MIXED = re.compile(r"(?<![0-9./:,])([0-9]+)[ \u00a0]{1,2}([0-9]+[ ]?/[ ]?[0-9])")
-_SPACE = rf"[{_SPACES}\t]"
-_SPACED_SIGN = re.compile(rf"{_SPACE}{{0,20}}([-+]){_SPACE}{{1,20}}(?=[$€£¥]?\.?[0-9])")
-# Ends of the text before a sign that adds or subtracts: a number, a bracket, a variable.
-_OPERAND = re.compile(rf"(?:[0-9]{_SPACE}?[%°$€£¥]*|[)\]]|(?<![\w'\u2019])[a-z])[$*]*$")
-# Ends of the text before a sign that belongs to a number: a word such as "is", or a mark.
-_SIGNED = re.compile(
-    r"(?:[(\[=<>≈~:,]|\b(?:is|are|was|be|equals|gives|to|of|by|or|and)|(?:^|[\s(\[=:])[*]*\$+)$"
+_FORMULA = re.compile(
+    r"\\boxed\{(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*\}|\$\$[^$]+\$\$"
+    r"|(?<!\\)\$(?:[^$\\\n]|\\.)+(?<!\s)\$(?![0-9])"  # but not from $5 to $6
+    r"|\\\((?:[^\\]|\\[^()])*\\\)|\\\[(?:[^\\]|\\[^\[\]])*\\\]"
 )
-_ITEM = re.compile(rf"^{_SPACE}{{0,20}}[-+]{_SPACE}", re.MULTILINE)
+_GAP = rf"(?:[{_SPACES}\t]|\\[,;! ])"
+_SPACED_SIGN = re.compile(rf"([-+]){_GAP}+")
+# Ends of the text before a sign that belongs to the number behind it, and that of a number.
+_OPENING = re.compile(
+    rf"(?:^[\s$\\]*[*_`\"'“‘$\\]*|(?:####|[=(\[{{])(?:{_GAP}|[*_`\"'“‘$\\])*|(?<![^\s(\[{{=:*])\$+)\Z"
+)
+_OPERAND = re.compile(rf"[0-9¼-¾⅐-⅞]{_GAP}?[%°$€£¥}}\\]*{_GAP}*\Z")
+_AMOUNT = re.compile(r"[\\$€£¥]*(?:\.?[0-9]|[dt]?frac\b|[¼-¾⅐-⅞])")
+_ITEM = re.compile(rf"\n{_GAP}{{0,20}}[-+]{_GAP}")
 _OPERATOR = re.compile(r"(?<=[0-9])[ \t]?([-+*×÷/^])[ \t]?(?=[0-9])")
 _OUTSIDE = "()[]*_`\"'“”‘’.,;:!?#~≈|"
 
@@ -72,16 +76,18 @@ def read_number(text: str) -> Fraction | None:
     are ignored, so 50 % is 50. None is returned for a text with a second number, a word for a
     multiple (5 million), an exponent, a time of day or an expression.
 
-    A sign may have spaces behind it (`- 3`). In a longer text such a sign belongs to the number at
-    the beginning of a line, behind `=`, `:`, `,`, an opening bracket, `$` or `*`, and behind words
-    such as "is". Behind a number, a closing bracket or a variable it makes an expression. Behind
-    other words it is a dash, and where several lines begin with signs these make a list.
+    A sign may have spaces behind it (`- 3`).
     """
     return _value(_normal(text).strip())
 
 
 def final_number(text: str) -> str | None:
     """Return the final number of a text: the first after its last `####`, or else the last one.
+
+    A sign with spaces behind it belongs to the number at the beginning of the text, unless a list
+    begins there, and behind `####`, `=` and the openings `(`, `[`, `{` and `$`. Behind a number it
+    makes an expression, which is no number; in a box or a formula (`$...$`) behind anything. It is
+    a dash elsewhere: behind words, colons and closing brackets, and where a line begins.
 
     The result is normalised (`number_text`), so equal numbers give equal texts: `$1,072.50` gives
     `1072.5`, and `4/6` gives `2/3`. The result is None if the text has no number, or if the word
@@ -124,35 +130,36 @@ def number_text(value: Fraction) -> str:
 
 def _normal(text: str) -> str:
     """Rewrite a text so that numbers have no spaces; a mixed number gets `&` between its parts."""
-    text = text.replace("\u2212", "-")
+    text = text.replace("\u2212", "-").strip()
+    text = _signed(_FORMULA.sub(lambda found: _signed(found[0], formula=True), text))
     for pattern, by in _LATEX:
         text = pattern.sub(by, text)
     fraction = lambda found: f"{found[1] or ' '}{unicodedata.normalize('NFKC', found[2])}"  # noqa: E731
     text = _FRACTION_SIGN.sub(fraction, text).replace("\u2044", "/")
     text = _THOUSANDS.sub(lambda found: re.sub(rf"[{_SPACES}]", "", found[0]), text)
-    text = _MIXED.sub(r"\1&\2", text).strip()
-    listed = len(_ITEM.findall(text)) > 1
-    text = _SPACED_SIGN.sub(lambda found: _joined(found, listed), text)
+    text = _MIXED.sub(r"\1&\2", text)
+    text = "∓".join(part.strip() for part in text.split("∓"))
     return _OPERATOR.sub(r"\1", text)
 
 
-def _joined(found: re.Match[str], listed: bool) -> str:
-    """Join a sign with the number behind it, unless the sign is a dash or begins a list's item.
+def _signed(text: str, formula: bool = False) -> str:
+    """Join signs with the numbers behind them, and write ∓ for those that add or subtract.
 
     Args:
-        found: Sign with the spaces around it.
-        listed: Whether the text is a list, whose items begin with a sign.
+        text: Text, or a formula with its delimiters.
+        formula: Whether the text is a formula, in which no sign is a dash.
     """
-    text, start, sign = found.string, found.start(), found[1]
-    line = text[max(0, start - 16) : start].rpartition("\n")[2]
-    if not line:
-        return found[0] if listed else sign
-    if _OPERAND.search(line):  # an expression, which is no number
-        return sign
-    spaced = text[start] != sign
-    if _SIGNED.search(line) or (line[-1] in "*_`\"'“‘" and not spaced):
-        return f" {sign}" if spaced and line[-1] != "$" else sign
-    return found[0]
+
+    def sign(found: re.Match[str]) -> str:
+        start, end = found.span()
+        before = text, max(0, start - 20), start
+        if not formula and not _AMOUNT.match(text, end):
+            return found[0]
+        if _OPENING.search(*before):
+            return found[0] if start == 0 and _ITEM.search(text) else found[1]
+        return "∓" if formula or _OPERAND.search(*before) else found[0]
+
+    return _SPACED_SIGN.sub(sign, text)
 
 
 def _words(text: str) -> list[str]:
@@ -172,7 +179,9 @@ def _stripped(word: str) -> str:
     before = word[: -len(begin)]
     if before.endswith(".") and not before.endswith(".."):  # one point belongs to a decimal
         return f".{begin}"
-    return re.sub(r"^\$+(?=[-+]?\$)", "", begin)  # of $\$5$, with the marks of a formula
+    return re.sub(
+        r"^\$+(?=[-+]?\$)|(?<=^\$) +(?=[-+])", "", begin
+    )  # of $\$5$, with the marks of a formula
 
 
 def _value(text: str) -> Fraction | None:
