@@ -14,6 +14,7 @@ from rl_tiny import Echo, Vowels, filled, language_model
 
 from memgen.decoding import nucleus
 from thoughtbubbles.sampling import keep_top_p
+from train.models.fingerprint import fingerprint
 from train.rl.config import RLConfig
 from train.rl.job import RLJob
 from train.rl.learning.advantages import dr_grpo, grpo
@@ -341,6 +342,10 @@ def test_a_probe_finds_what_is_out_of_knowledge(tmp_path: Path):
     with pytest.raises(ValueError, match=r"with model='\w+', now it is '\w+' at base: choose anot"):
         probe(config, RLJob(config.rl, trained, Hard()))
     assert out.read_text().splitlines() == kept
+    assert fingerprint(made.lm, configs=False) == options["model"] != fingerprint(made.lm)
+    (old := tmp_path / "old.jsonl").write_text('{"probe": {"samples": 8}}\n')
+    with pytest.raises(ValueError, match="earlier version, which did not note its model: choose"):
+        probe(dataclasses.replace(config, out=str(old)), made)
     endless = ProbeConfig(task="vowels", out=str(tmp_path / "new.jsonl"))
     with pytest.raises(ValueError, match="vowels is endless, choose a number of problems"):
         probe(endless, RLJob(endless.rl, language_model("shallow"), Vowels()))
@@ -407,10 +412,12 @@ def test_a_probe_must_be_whole(tmp_path):
             return Problem(f"{split}{index}", "?")
 
     file = tmp_path / "probe.jsonl"
-    lines = [{"probe": {}}, {"uid": "train0", "correct": 0, "samples": 4}]
-    append_objects(file, lines, is_probe)
-    with pytest.raises(ValueError, match="has 1 of the 2 training problems of two"):
-        unsolved_problems(file, Two())
+    for options, way_out in (({}, "earlier version, .*another file"), ({"model": ""}, "again, it")):
+        file.unlink(missing_ok=True)
+        lines = [{"probe": options}, {"uid": "train0", "correct": 0, "samples": 4}]
+        append_objects(file, lines, is_probe)
+        with pytest.raises(ValueError, match=f"has 1 of the 2 .* problems of two: .*{way_out}"):
+            unsolved_problems(file, Two())
     append_objects(file, [{"uid": "train1", "correct": 1, "samples": 4}], is_probe)
     whole = file.read_text()
     file.write_text(whole + '{"uid": "tra')

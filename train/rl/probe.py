@@ -19,7 +19,7 @@ from train.rl.job import RLJob
 from train.rl.learning.penalties import Ternary
 from train.rl.learning.policy import sampler_of
 from train.rl.rollout.sampler import Sampler
-from train.rl.tasks.probed import Probed, is_probe, read_probe
+from train.rl.tasks.probed import WITHOUT_MODEL, Probed, is_probe, read_probe
 from train.rl.types import Problem, Trajectory
 from train.runs.appended import append_objects, drop_half_line
 
@@ -130,10 +130,12 @@ def probe(config: ProbeConfig, job: RLJob) -> None:
         ValueError: The task is endless and no pool is given, a scorer raised, or the file was not
             written by a probe of this model with these options.
     """
-    out, options = Path(config.out), config.options | {"model": fingerprint(job.lm)}
+    out, options = Path(config.out), config.options | {"model": fingerprint(job.lm, configs=False)}
     drop_half_line(out, is_probe)
     if out.exists() and out.stat().st_size:
         known, found = read_probe(out)
+        if "model" not in known:
+            raise ValueError(f"{out} {WITHOUT_MODEL}: choose another file")
         if changed := [n for n in {**known, **options} if known.get(n) != options.get(n)]:
             name = min(changed, key=lambda name: (name == "model", name))
             where = f" at {config.weights}" if name == "model" else ""

@@ -10,6 +10,9 @@ from train.runs.appended import begins_with
 is_probe = begins_with(b'{"probe": ')
 """Function that says of a file's first line whether `thoughtbubbles probe` wrote it."""
 
+WITHOUT_MODEL = "was written by an earlier version, which did not note its model"
+"""Words for a file that no probe goes on with."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Probed:
@@ -30,8 +33,8 @@ def read_probe(path: str | Path) -> tuple[dict[str, Any], list[Probed]]:
     """Read a file of `thoughtbubbles probe`.
 
     Returns:
-        The options of the probe, with the fingerprint of its model as `model`; and the results of
-        all problems that have been probed so far.
+        The options of the probe, with the fingerprint of its model as `model` (which files of
+        earlier versions lack); and the results of all problems that have been probed so far.
 
     Raises:
         ValueError: The file does not exist, or was not written by `thoughtbubbles probe`.
@@ -57,7 +60,7 @@ def unsolved_problems(path: str | Path, task: Any) -> frozenset[str]:
         ValueError: The file does not exist, was not written by `thoughtbubbles probe`, is of
             another task, or lacks some of this task's training problems.
     """
-    _, problems = read_probe(path)
+    options, problems = read_probe(path)
     uids = {problem.uid for problem in problems}
     size = task.sizes["train"] or 1
     missing = sum(task.problem("train", index).uid not in uids for index in range(size))
@@ -68,8 +71,11 @@ def unsolved_problems(path: str | Path, task: Any) -> frozenset[str]:
             "task or seed; probe this one"
         )
     if missing:
+        way_out = "run `thoughtbubbles probe` again, it goes on where it stopped"
+        if "model" not in options:
+            way_out = f"it {WITHOUT_MODEL}, so probe all into another file"
         raise ValueError(
             f"probe {path} has {size - missing} of the {size} training problems of {task.name}: "
-            "run `thoughtbubbles probe` again, it goes on where it stopped"
+            f"{way_out}"
         )
     return frozenset(problem.uid for problem in problems if not problem.correct)
