@@ -179,9 +179,11 @@ def _stripped(word: str) -> str:
     before = word[: -len(begin)]
     if before.endswith(".") and not before.endswith(".."):  # one point belongs to a decimal
         return f".{begin}"
-    return re.sub(
-        r"^\$+(?=[-+]?\$)|(?<=^\$) +(?=[-+])", "", begin
-    )  # of $\$5$, with the marks of a formula
+    if begin.startswith("$"):
+        begin = re.sub(
+            r"^\$+(?=[-+]?\$)|(?<=^\$) +(?=[-+])", "", begin
+        )  # of $\$5$, with the marks of a formula
+    return begin
 
 
 def _value(text: str) -> Fraction | None:
