@@ -287,10 +287,13 @@ def respond(
 
     Raises:
         ValueError: A row would exceed the session's capacity (under `jit` the row becomes NaN
-            instead), the request's prefill has another number of rows, or the session lacks the
-            capacity for the snippets of the request's retriever.
+            instead), the request's prefill has another number of rows, the session lacks the
+            capacity for the snippets of the request's retriever, or the session's rows cannot be
+            grouped so.
     """
     check_session(memgen, session)
+    grouping = grouping or grouping_of(session)
+    grouping.check(session.tokens.shape[0])
     if not isinstance(request, Request):
         raise ValueError(f"a {type(request).__name__} in place of a request: give make_request()")
     if request.prefill is not None:
@@ -305,7 +308,7 @@ def respond(
     if not isinstance(request.max_new_tokens, Tracer):
         new = np.minimum(capacity, on_host(request.max_new_tokens))
         check_capacity(session, new, _most_latents(memgen, request))
-    return _respond(memgen, session, request, capacity, grouping or grouping_of(session))
+    return _respond(memgen, session, request, capacity, grouping)
 
 
 def _most_latents(memgen: MemGen, request: Request) -> Any:

@@ -36,6 +36,14 @@ class Grouping:
     shards: int = 1
     rows: int = 1
 
+    def check(self, batch: int) -> None:
+        """Raise a ValueError unless a batch of this many rows can be grouped so."""
+        if self.shards < 1 or batch % self.shards or not 1 <= self.rows <= batch // self.shards:
+            raise ValueError(
+                f"{self} of a batch of {batch} rows: give a number of shards that divides it, and "
+                "of rows up to those of a shard"
+            )
+
     def due(self, waiting: jax.Array, live: jax.Array) -> jax.Array:
         """Return a bool scalar: whether a group of the waiting rows weaves in this step.
 

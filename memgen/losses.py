@@ -71,7 +71,8 @@ def token_log_probs(
             logits = jnp.where(ids < valid_vocab_size, logits, -jnp.inf)
         picked = jnp.where(ids == targets[..., None], logits, 0).sum(axis=-1)
         log_probs = picked - jax.nn.logsumexp(logits, axis=-1)
-        known = (targets >= 0) & (targets < logits.shape[-1])
+        last = min(logits.shape[-1] - 1, jnp.iinfo(targets.dtype).max)  # more would wrap around
+        known = (targets >= 0) & (targets <= last)
         return jnp.where(mask, jnp.where(known, log_probs, jnp.nan), 0.0)
 
     def part(hidden, targets, mask):

@@ -134,7 +134,13 @@ MODELS: dict[str, ArchitectureConfig] = {
         scan_layers=True,
         remat="full",
     ),
-    "threshold": dataclasses.replace(SMALL, policy=Threshold(2.0), merge="probability"),
+    "threshold": dataclasses.replace(
+        SMALL,
+        policy=Threshold(2.0),
+        merge="probability",
+        remat="dots",
+        mlp_dim=ROWS * 2 * (TOKENS - 1),  # a kernel of as many rows as a training step has slots
+    ),
     "released": HatchlingConfig(**HATCHLING, form="released", chunk=5),
     "paper": HatchlingConfig(**HATCHLING, form="paper"),
     "rank": ForkingHatchlingConfig(**HATCHLING, fork_layers=(0,), policy=PrefixRank(2.0)),

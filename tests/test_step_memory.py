@@ -16,6 +16,7 @@ from thoughtbubbles import PrefixRank, Streams, Thoughtbubbles, attention, forki
 from thoughtbubbles.head import head_logits
 from thoughtbubbles.placement import product_beside
 from thoughtbubbles.recompute import once_known
+from thoughtbubbles.sampling import log_prob_of
 
 V, B, T = 86, 2, 70
 CONFIG = dataclasses.replace(
@@ -126,6 +127,14 @@ def test_chunks_of_the_vocabulary_change_nothing():
             np.testing.assert_allclose(value[1], expected, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "vocab_size"), [("uint8", 256), ("int8", 300), ("uint16", 2**16)]
+)
+def test_targets_may_be_small_integers(dtype: str, vocab_size: int):
+    logits, ids = jnp.zeros((3, vocab_size)), jnp.array([0, 5, 127], dtype)
+    np.testing.assert_allclose(log_prob_of(logits, ids), -np.log(vocab_size), rtol=1e-6)
+
+
 @pytest.mark.parametrize("chunks", [1, 2, 6])
 def test_a_target_outside_the_vocabulary_is_nan_in_any_chunk(chunks: int):
     rng = np.random.default_rng(0)
@@ -178,12 +187,16 @@ def test_a_large_loss_computes_its_logits_once(monkeypatch):
     ).lower(model, rows)
     expected = over(by_token).compile()(model, rows)
     monkeypatch.setattr(head, "LARGEST_LOGITS", 4 * B * T * 20)
+    monkeypatch.setattr(head, "SMALLEST_CHUNK", 16)  # chunks have no product with all ids
     monkeypatch.setattr(jax, "device_count", lambda: 1)
     lowered = over(summed)
     products = re.findall(rf"dot_general.*tensor<(?:\d+x{V}|{V}x\d+)x", lowered.as_text())
     assert len(products) == 3, "logits, and the gradients of hidden states and of the kernel"
     once = lowered.compile()
     close(once(model, rows), expected)
+    for wrong, why in ((rows[0], "give .batch, tokens"), (rows.tolist(), "are a list")):
+        with pytest.raises(ValueError, match=why):
+            model.loss(wrong)
     rows[0, 3] = -1
     total, nats = once(model, rows)[0]
     assert np.isnan(total) and np.isnan(nats[0]).all() and np.isfinite(nats[1]).all()
@@ -192,11 +205,11 @@ def test_a_large_loss_computes_its_logits_once(monkeypatch):
 def test_several_devices_sum_the_gradient_of_a_kernel_once(monkeypatch):
     """Not for each part, so they have the loss of single tokens."""
     model, rows = quick_model(KINDS["plain"]), np.zeros((2, 2**20), np.int32)
-    assert model._loss_parts(rows) == 1
+    assert model._loss_parts(rows) == 0
     monkeypatch.setattr(jax, "device_count", lambda: 1)
     assert model._loss_parts(rows) > 1
     model.constrain = lambda x: x
-    assert model._loss_parts(rows) == 1
+    assert model._loss_parts(rows) == 0
 
 
 def test_the_head_of_a_subclass_is_called():
@@ -261,10 +274,11 @@ def test_number_of_chunks():
     assert head.num_chunks(8 * 1024, 32_768) == 16
     assert head.num_chunks(2**30, 50_304) == 64  # the next divisor above 49
     assert head.num_chunks(2**30, 1000) == 1  # too small a vocabulary to be cut
-    assert head.num_parts(8, 64, 32_768, 256) == 1
+    assert head.num_parts(8, 64, 32_768, 256) == 0
     assert head.num_parts(8, 1024, 32_768, 256) == 16
     assert head.num_parts(8, 1024, 50_304, 768) == 22  # of up to 384 positions
-    assert head.num_parts(384, 3, 50_304, 768) == 3 and head.num_parts(385, 3, 50_304, 768) == 1
+    assert head.num_parts(384, 3, 50_304, 768) == 3 and head.num_parts(385, 3, 50_304, 768) == 0
+    assert head.num_parts(1, 2048, 128_256, 4096) == 1
 
 
 def test_a_sharded_vocabulary_is_never_gathered():

@@ -93,7 +93,7 @@ class ModelConfig(ArchitectureConfig):
         dtype: Dtype of the computation; parameters are float32 by default.
         scan_layers: Whether the blocks between fork layers run in a scan, which compiles faster.
         remat: Activations recomputed in the backward pass: "none", all but the results of linear
-            layers and of large attention ("dots"), or all of them ("full").
+            layers and of large attention without a kernel ("dots"), or all of them ("full").
     """
 
     vocab_size: int

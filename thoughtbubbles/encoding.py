@@ -32,8 +32,11 @@ def spelling_tokenizer(tokenizer: Any, control: Collection[str] = ()) -> Any:
         else:  # a Unigram model has a list of pairs
             model["vocab"] = [[hidden.get(token, token), score] for token, score in model["vocab"]]
         if "merges" in model:
+            inner = model.get("continuing_subword_prefix") or ""
             model["merges"] = [
-                pair for pair in model["merges"] if not {*pair, "".join(pair)} & hidden.keys()
+                (left, right)
+                for left, right in model["merges"]
+                if not {left, right, left + right.removeprefix(inner)} & hidden.keys()
             ]
     copy = type(tokenizer).from_str(json.dumps(fields))
     copy.encode_special_tokens = True

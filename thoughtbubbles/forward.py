@@ -263,13 +263,13 @@ class ForkingDecoder(Architecture):
         `head.head_loss` computes their gradient in the forward pass. Not so with
         `merge="probability"`, and in a subclass that overrides what leads from rows to losses.
         """
-        parts = self._loss_parts(rows)
-        if parts == 1:
-            return super().summed_loss(rows, track=track, key=key)
         inputs, targets = next_tokens(rows)
+        parts = self._loss_parts(inputs)
+        if not parts:
+            return super().summed_loss(rows, track=track, key=key)
         length = (inputs >= 0).sum(axis=1, dtype=jnp.int32)
         output = self.run(jnp.maximum(inputs, 0), length, track=track, key=key)
-        hidden = self.final_norm(self.merged(output.streams))
+        hidden = self.final_norm(self.merged(_streams_of(output)))
         table, vocab_axis = self._table()
         wrong = padded_in_front(inputs, targets)
         total, nats = head_loss(
@@ -282,20 +282,20 @@ class ForkingDecoder(Architecture):
         total += jnp.where(wrong, jnp.nan, 0).sum()
         return total, jnp.where(wrong[:, None], jnp.nan, nats), output
 
-    def _loss_parts(self, rows: AnyArray) -> int:
-        """Return the number of parts in which `head_loss` processes rows, or 1 not to use it."""
+    def _loss_parts(self, inputs: AnyArray) -> int:
+        """Return the number of parts in which `head_loss` processes rows; 0 not to use it."""
         table, _ = self._table()
         own = "token_losses", "log_prob", "logits", "merged", "decode", "unembed"
         if isinstance(table, Int8Weight | TransposedKernel) or not self._inherits(*own):
-            return 1
+            return 0
         forks = bool(self.config.fork_layers) or self.config.copies > 1
         mixes = forks and self.config.merge == "probability"
         # Sharding is no part of a type on `AxisType.Auto` axes, and may be that of other devices.
         one_device = jax.device_count() == 1 and self.constrain is _identity
-        if mixes or not one_device or is_sharded(rows) or is_sharded(table[...]):
-            return 1
-        batch, length = rows.shape
-        return num_parts(batch, length - 1, self.config.vocab_size, self.config.embed_dim)
+        if mixes or not one_device or is_sharded(inputs) or is_sharded(table[...]):
+            return 0
+        batch, length = inputs.shape
+        return num_parts(batch, length, self.config.vocab_size, self.config.embed_dim)
 
     def _table(self) -> tuple[Any, int]:
         """Return the kernel of the LM head, and the index of the kernel's vocabulary axis."""

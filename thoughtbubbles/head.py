@@ -120,7 +120,7 @@ def head_loss(
     rows = jnp.pad(hidden, (*padding, (0, 0))).reshape(batch, parts, -1, hidden.shape[-1])
     ids = jnp.pad(targets, padding, constant_values=-1).reshape(batch, parts, -1)
     found: Any = _summed(rows.swapaxes(0, 1), table, ids.swapaxes(0, 1), vocab_axis)
-    return found[0], found[1].swapaxes(0, 1).reshape(batch, -1)[:, :length]
+    return found[0], jax.lax.stop_gradient(found[1].swapaxes(0, 1).reshape(batch, -1)[:, :length])
 
 
 def num_chunks(positions: int, vocab_size: int) -> int:
@@ -144,8 +144,8 @@ def num_parts(batch: int, length: int, vocab_size: int, embed_dim: int) -> int:
 
     The logits of a part take about `LARGEST_LOGITS` bytes or less. But a part has at least about
     half as many positions as the embedding has dimensions, because each part reads and writes the
-    whole gradient of the kernel. The number is 1 for logits of at most `LARGEST_LOGITS` bytes, and
-    for more rows than a part may have positions, which only `head_log_prob` can split.
+    whole gradient of the kernel. The number is 0, for other ways to compute the loss, if all logits
+    take at most `LARGEST_LOGITS` bytes, or if there are more rows than a part may have positions.
 
     Args:
         batch: Number of rows.
@@ -154,9 +154,9 @@ def num_parts(batch: int, length: int, vocab_size: int, embed_dim: int) -> int:
         embed_dim: Size of the hidden states.
     """
     if 4 * batch * length * vocab_size <= LARGEST_LOGITS:
-        return 1
+        return 0
     positions = max(LARGEST_LOGITS // (4 * vocab_size), embed_dim // 2) // batch
-    return -(-length // positions) if positions else 1
+    return -(-length // positions) if positions else 0
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
@@ -206,24 +206,32 @@ _in_chunks.defvjp(_forward, _backward)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _summed(rows, table, ids, vocab_axis):
-    nats = jax.lax.map(lambda part: _nats(part[0], table, part[1], vocab_axis)[1], (rows, ids))
+    def part(part):
+        return _nats(head_logits(part[0], table, vocab_axis=vocab_axis), part[1])[1]
+
+    nats = jax.lax.map(part, (rows, ids))
     return nats.sum(), nats
 
 
-def _nats(rows, table, ids, vocab_axis):
-    log_prob = log_prob_of(head_logits(rows, table, vocab_axis=vocab_axis), jnp.maximum(ids, 0))
-    nats = jnp.where(ids < 0, 0, -log_prob)
+def _nats(logits, ids):
+    nats = jnp.where(ids < 0, 0, -log_prob_of(logits, jnp.maximum(ids, 0)))
     return nats.sum(), nats
 
 
 def _summed_forward(rows, table, ids, vocab_axis):
-    slopes = jax.value_and_grad(_nats, argnums=(0, 1), has_aux=True)
+    subscripts = "nd,nv->dv" if vocab_axis else "nv,nd->vd"
+    of_kernel = functools.partial(jnp.einsum, subscripts, preferred_element_type=jnp.float32)
 
     def add(total, part):
-        (_, nats), (of_rows, of_table) = slopes(part[0], table, part[1], vocab_axis)
-        return total + of_table.astype(jnp.float32), (nats, of_rows)
+        hidden, ids = part
+        over = functools.partial(head_logits, table=table, vocab_axis=vocab_axis)
+        logits, pull = jax.vjp(over, hidden)
+        slope, nats = jax.grad(_nats, has_aux=True)(logits, ids)
+        both = slope.reshape(-1, slope.shape[-1]), hidden.reshape(-1, hidden.shape[-1])
+        return total + of_kernel(*both[::-1] if vocab_axis else both), (nats, *pull(slope))
 
-    of_table, (nats, of_rows) = jax.lax.scan(add, jnp.zeros_like(table, jnp.float32), (rows, ids))
+    zeros = jnp.zeros_like(table, jnp.float32)
+    of_table, (nats, of_rows) = jax.lax.scan(add, zeros, (rows, ids))
     return (nats.sum(), nats), (of_rows, of_table.astype(table.dtype))
 
 

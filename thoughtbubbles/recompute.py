@@ -66,11 +66,14 @@ def recomputed(run: Callable[..., Streams], policy: Callable[..., Any]) -> Calla
     def backward(pull: Any, gradient: Streams) -> Any:
         batch, slots, _ = gradient.x.shape
         some = gradient.x[..., 0]
+        split = jax.typeof(some).sharding.spec[:1]
 
         def known(stored: jax.Array) -> jax.Array:
-            if not jnp.issubdtype(stored.dtype, jnp.floating):
+            kind = jax.typeof(stored)
+            if not jnp.issubdtype(kind.dtype, jnp.floating) or kind.sharding.spec[:1] != split:
                 return stored
-            for of_slots in ((batch, slots), (batch * slots,)):  # products are of two axes
+            # Products are of two axes, but not of split rows (`placement.product`).
+            for of_slots in ((batch, slots), *([] if any(split) else [(batch * slots,)])):
                 rank = len(of_slots)
                 if stored.shape[:rank] == of_slots:
                     ones = [1] * (stored.ndim - rank)

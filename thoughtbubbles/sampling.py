@@ -166,7 +166,8 @@ def of_vocabulary(log_prob: jax.Array, targets: AnyArray, vocab_size: int) -> ja
         targets: Target ids `[...]`.
         vocab_size: Size of the vocabulary.
     """
-    return jnp.where((targets >= 0) & (targets < vocab_size), log_prob, jnp.nan)
+    last = min(vocab_size - 1, jnp.iinfo(targets.dtype).max)  # a larger number would wrap around
+    return jnp.where((targets >= 0) & (targets <= last), log_prob, jnp.nan)
 
 
 def check_sampling(
