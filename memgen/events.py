@@ -38,10 +38,11 @@ class Grouping:
 
     def check(self, batch: int) -> None:
         """Raise a ValueError unless a batch of this many rows can be grouped so."""
-        if self.shards < 1 or batch % self.shards or not 1 <= self.rows <= batch // self.shards:
+        whole = self.shards * self.rows >= batch  # then the rows weave in one pass, in place
+        if min(self.shards, self.rows) < 1 or (batch % self.shards and not whole):
             raise ValueError(
                 f"{self} of a batch of {batch} rows: give a number of shards that divides it, and "
-                "of rows up to those of a shard"
+                "one row or more"
             )
 
     def due(self, waiting: jax.Array, live: jax.Array) -> jax.Array:

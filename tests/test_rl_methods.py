@@ -251,7 +251,9 @@ def test_a_part_needs_a_word_of_its_own(monkeypatch):
     """Else a run folder would name another one."""
     mine = type("Mine", (GRPO,), {})
     monkeypatch.setitem(METHODS, "mine", mine)
-    with pytest.raises(ValueError, match="method 'mine' has the word 'grpo': register it by"):
+    with pytest.raises(
+        ValueError, match="method 'mine' has the word 'grpo': set its `word` to 'mine'"
+    ):
         part_from_text("method", "mine")
     with pytest.raises(ValueError, match="Mine has the word 'grpo' of another method"):
         RLConfig(method=mine())
