@@ -93,11 +93,11 @@ ENVIRONMENTS["bare"] = Bare
 def test_an_entry_that_needs_options_fails_alone_until_they_are_given(tmp_path: Path):
     """Nor does an environment without players or without our base stop any other."""
     (tmp_path / "needy.py").write_text(NEEDY)
-    files = [f"tests/test_rl_{name}.py" for name in ("tasks", "environments", "losses", "methods")]
-    words = ("--plugin", "needy", "-rA", "-k", "given or scaled or bare or hanoi", *files)
+    files = [f"tests/test_rl_{name}.py" for name in ("tasks", "environments", "losses")]
+    words = ("--plugin", "needy", "-rA", "-k", "given or scaled or bare", *files)
     found = run(tmp_path, *words).stdout
     failed = re.findall(r"^FAILED .*\[(.*)\]", found, re.MULTILINE)
-    assert set(failed) == {"given", "scaled", "loss-scaled"} and " error" not in found, found
+    assert set(failed) == {"given", "scaled"} and " error" not in found, found
     for call in ("given(length=...)", "scaled(scale=...)"):
         name = call.partition("(")[0]
         line = f"{name} has options without a default: say how tests shall make it, by --example"
@@ -105,7 +105,7 @@ def test_an_entry_that_needs_options_fails_alone_until_they_are_given(tmp_path: 
     assert "bare has no random_action, scripted_action: players are optional" in found
     assert "bare does not derive from GeneratedEnvironment, whose rules these are" in found
     passed = re.findall(r"^PASSED .*::(.*)\[(.*)\]", found, re.MULTILINE)
-    assert {"bare", "hanoi"} <= {name for _, name in passed}
+    assert "bare" in {name for _, name in passed}
     examples = ("--example", "given(length=3)", "--example=scaled(scale=2)")
     found = run(tmp_path, *words, *examples)
     assert found.returncode == 0, found.stdout[-3000:]
