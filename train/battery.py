@@ -11,6 +11,7 @@ import jax
 
 from train.cli.command import run_command
 from train.devices.mesh import MeshConfig, make_mesh
+from train.evaluation.model_options import NamedModel
 from train.evaluation.task_scores import check_output, write_results
 from train.finetuning.battery import BatteryConfig, VariantScore, play_battery
 from train.models.finetunable import FinetunableModel
@@ -19,22 +20,14 @@ from train.rl.learning.policy import sampler_of
 
 
 @dataclasses.dataclass(frozen=True)
-class BatteryRun:
+class BatteryRun(NamedModel):
     """Score a model on variants of an environment, to test whether the model follows its prompt.
 
     Attributes:
-        checkpoint: Run folder, or one of its step folders.
-        model: Pretrained model in place of a checkpoint: "smollm2", a Hugging Face folder, or a
-            .gguf file.
-        adapter: Folder of a LoRA adapter in `peft` format, which is merged into the model; none by
-            default.
         battery: Environment, its variants, and limits on the episodes.
         json: JSON file for the scores; none by default.
     """
 
-    checkpoint: str | None = None
-    model: str | None = None
-    adapter: str | None = None
     battery: BatteryConfig = BatteryConfig(task="sokoban_variants")
     json: str | None = None
 
@@ -47,8 +40,7 @@ def main(config: BatteryRun) -> None:
     if config.json:
         check_output(Path(config.json))
     config.battery.environments()
-    lm = load_named(config.checkpoint, config.model)
-    lm = lm if config.adapter is None else lm.with_adapter(config.adapter)
+    lm = config.changed(load_named(config.checkpoint, config.model))
     scores = score(lm, config.battery)
     print(table(scores))
     if config.json:

@@ -12,8 +12,8 @@ Loaded = TypeVar("Loaded", bound=LanguageModel)
 
 
 @dataclasses.dataclass(frozen=True)
-class ModelOptions:
-    """Options of the commands that run a model as it is or changed.
+class NamedModel:
+    """Options that name a model, and an adapter for it.
 
     Attributes:
         checkpoint: Run folder, or one of its step folders.
@@ -21,6 +21,22 @@ class ModelOptions:
             .gguf file.
         adapter: Folder of a LoRA adapter in `peft` format, which is merged into the model; none by
             default.
+    """
+
+    checkpoint: str | None = None
+    model: str | None = None
+    adapter: str | None = None
+
+    def changed(self, loaded: Loaded) -> Loaded:
+        """Return the model with the adapter merged into it."""
+        return loaded if self.adapter is None else loaded.with_adapter(self.adapter)
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelOptions(NamedModel):
+    """Options of the commands that run a model as it is or changed.
+
+    Attributes:
         int8: Whether to quantise the model to int8, except norms, biases and fork layers.
         policy: Fork policy that replaces the model's own, e.g. "PrefixRank(ratio=2.0)".
         ratio: Ratio of streams per token that replaces the policy's ratio.
@@ -30,9 +46,6 @@ class ModelOptions:
             gives fewer streams.
     """
 
-    checkpoint: str | None = None
-    model: str | None = None
-    adapter: str | None = None
     int8: bool = False
     policy: Policy | None = None
     ratio: float | None = None
@@ -44,7 +57,7 @@ class ModelOptions:
 
     def changed(self, loaded: Loaded) -> Loaded:
         """Return the model with the adapter merged into it, quantised if `int8` is True."""
-        loaded = loaded if self.adapter is None else loaded.with_adapter(self.adapter)
+        loaded = super().changed(loaded)
         return loaded.in_int8() if self.int8 else loaded
 
     @property

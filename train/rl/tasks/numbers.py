@@ -179,10 +179,8 @@ def _stripped(word: str) -> str:
     before = word[: -len(begin)]
     if before.endswith(".") and not before.endswith(".."):  # one point belongs to a decimal
         return f".{begin}"
-    if begin.startswith("$"):
-        begin = re.sub(
-            r"^\$+(?=[-+]?\$)|(?<=^\$) +(?=[-+])", "", begin
-        )  # of $\$5$, with the marks of a formula
+    if begin.startswith("$"):  # of a formula such as $\$5$, whose marks go
+        begin = re.sub(r"^\$+(?=[-+]?\$)|(?<=^\$) +(?=[-+])", "", begin)
     return begin
 
 
