@@ -27,14 +27,14 @@ class Reach(ShortRepr):
         position: Position of each vector, `[B, C]` int32, or `[1, C]` if all rows have the same
             positions.
         real: Whether each slot holds a vector and not padding, `[B, C]` bool.
-        past: Factor on the attention score of query vector t (axis 2) and key vector s (axis 3) of
-            the chunk, `[H, B, C, C]` float32 or an array that broadcasts to this shape. It is the
-            decay from s to t, or 0 if t does not attend to s.
-        before: Factor on what each vector reads from the state before the chunk, `[H, B, C]`
+        decay_mask: Factor on the attention score of query vector t (axis 2) and key vector s (axis
+            3) of the chunk, `[H, B, C, C]` float32 or an array that broadcasts to this shape. It is
+            the decay from s to t, or 0 if t does not attend to s.
+        query_decay: Factor on what each vector reads from the state before the chunk, `[H, B, C]`
             float32 or an array that broadcasts to this shape; None for factor 1.
-        kept: Factor on what each vector adds to the state after the chunk, of the same shape as
-            `before`; None for factor 1.
-        left: Decay of the state from before to after the chunk, `[B, H]`; None for factor 1.
+        key_decay: Factor on what each vector adds to the state after the chunk, of the same shape
+            as `query_decay`; None for factor 1.
+        state_decay: Decay of the state from before to after the chunk, `[B, H]`; None for factor 1.
         end: Position of the next vector of each row, `[B]` int32.
         offset: Fraction of a token added to each position, `[B, C]` float32; None for 0.
         bound: Static upper bound on the positions, or None if unknown. Up to `positions.NEAR`,
@@ -43,10 +43,10 @@ class Reach(ShortRepr):
 
     position: jax.Array
     real: jax.Array
-    past: jax.Array
-    before: jax.Array | None
-    kept: jax.Array | None
-    left: jax.Array | None
+    decay_mask: jax.Array
+    query_decay: jax.Array | None
+    key_decay: jax.Array | None
+    state_decay: jax.Array | None
     end: jax.Array
     offset: jax.Array | None = None
     bound: int | None = dataclasses.field(default=None, metadata={"static": True})
@@ -75,15 +75,17 @@ class Reach(ShortRepr):
         real = offset < length[:, None]
         position, end = first[:, None] + offset, first + length
         # Strictly earlier vectors: a vector does not attend to itself.
-        past = (offset[:, None] > offset).astype(jnp.float32)
-        before, kept, left = None, None, None
+        decay_mask = (offset[:, None] > offset).astype(jnp.float32)
+        query_decay, key_decay, state_decay = None, None, None
         decay = damping(config)
         if decay is not None:
             decay_at = decay[:, None, None]
-            past = past * decay_at[..., None] ** jnp.maximum(offset[:, None] - offset, 0)
-            before = decay_at**offset
-            kept = decay_at ** jnp.maximum(length[:, None] - offset, 0)
-            left = decay ** length[:, None]
+            decay_mask = decay_mask * decay_at[..., None] ** jnp.maximum(
+                offset[:, None] - offset, 0
+            )
+            query_decay = decay_at**offset
+            key_decay = decay_at ** jnp.maximum(length[:, None] - offset, 0)
+            state_decay = decay ** length[:, None]
         if starts is not None:
             starts = starts & real
             document = jnp.cumsum(starts, axis=1)
@@ -91,15 +93,17 @@ class Reach(ShortRepr):
             position = jnp.where(document > 0, offset - began, position)
             any_start = document[:, -1] > 0
             end = jnp.where(any_start, length - began[:, -1], end)
-            past = past * (document[:, :, None] == document[:, None, :])
-            before = (document == 0) * (jnp.float32(1) if before is None else before)
+            decay_mask = decay_mask * (document[:, :, None] == document[:, None, :])
+            query_decay = (document == 0) * (jnp.float32(1) if query_decay is None else query_decay)
             last = document == document[:, -1:]
-            kept = last * (jnp.float32(1) if kept is None else kept)
-            left = ~any_start[:, None] * (jnp.float32(1) if left is None else left)
-        return cls(position, real, past, before, kept, left, end)
+            key_decay = last * (jnp.float32(1) if key_decay is None else key_decay)
+            state_decay = ~any_start[:, None] * (
+                jnp.float32(1) if state_decay is None else state_decay
+            )
+        return cls(position, real, decay_mask, query_decay, key_decay, state_decay, end)
 
     @classmethod
-    def where(cls, config: HatchlingConfig, position: jax.Array, visible: jax.Array) -> "Reach":
+    def from_mask(cls, config: HatchlingConfig, position: jax.Array, visible: jax.Array) -> "Reach":
         """Compute the reach of whole rows from given positions and an attention mask.
 
         Args:
@@ -109,13 +113,13 @@ class Reach(ShortRepr):
                 (axis 2). The diagonal is ignored, since no vector attends to itself.
         """
         size = position.shape[1]
-        past = (visible & ~jnp.eye(size, dtype=bool)).astype(jnp.float32)
+        decay_mask = (visible & ~jnp.eye(size, dtype=bool)).astype(jnp.float32)
         decay = damping(config)
         if decay is not None:
             distance = jnp.maximum(position[:, :, None] - position[:, None, :], 0)
-            past = past * decay[:, None, None, None] ** distance
+            decay_mask = decay_mask * decay[:, None, None, None] ** distance
         real = jnp.ones(position.shape, bool)
-        return cls(position, real, past, None, None, None, position[:, -1])
+        return cls(position, real, decay_mask, None, None, None, position[:, -1])
 
 
 def attend(
@@ -139,24 +143,23 @@ def attend(
         Attention output `[H, B, C, d]`, and the state after the chunk, of the shape of `synapses`
         (None if `synapses` is None).
     """
-    past = (overlap(rotated) * reach.past).astype(value.dtype)
+    scores = (overlap(rotated) * reach.decay_mask).astype(value.dtype)
     # A copy of the values for each head: without it, all scores are transposed for one product.
     values = jnp.broadcast_to(value, (len(rotated), *value.shape))
-    read = jnp.einsum("hbts,hbsd->hbtd", past, values)
+    read = jnp.einsum("hbts,hbsd->hbtd", scores, values)
     if synapses is None:
         return read, None
     query = rotated.astype(jnp.float32)
     if not fresh:
         before = jnp.einsum("hbtn,bhnd->hbtd", query, synapses)
-        if reach.before is not None:
-            before = before * reach.before[..., None]
+        if reach.query_decay is not None:
+            before = before * reach.query_decay[..., None]
         read = read + before.astype(value.dtype)
-    if reach.kept is not None:
-        query = query * reach.kept[..., None]
-    if reach.left is not None:
-        synapses = synapses * reach.left[..., None, None]
+    key = query if reach.key_decay is None else query * reach.key_decay[..., None]
+    if reach.state_decay is not None:
+        synapses = synapses * reach.state_decay[..., None, None]
     # Values are the first factor, so that XLA's CPU compiler transposes them and not the neurons.
-    written = jnp.einsum("hbtd,hbtn->hbdn", values.astype(jnp.float32), query)
+    written = jnp.einsum("hbtd,hbtn->hbdn", values.astype(jnp.float32), key)
     return read, synapses + written.transpose(1, 0, 3, 2)
 
 

@@ -398,24 +398,26 @@ def reach_of(config: HatchlingConfig, streams: Streams, score: jax.Array | None)
             to the state, `[B, S]` float32; None for 1.
     """
     slot = jnp.arange(streams.token.shape[1])
-    past = (slot[:, None] > slot).astype(jnp.float32)
-    before, kept, left = None, None, None
+    decay_mask = (slot[:, None] > slot).astype(jnp.float32)
+    query_decay, key_decay, state_decay = None, None, None
     decay = damping(config)
     if decay is not None:
         token = streams.token
         distance = jnp.maximum(token[:, :, None] - token[:, None, :], 0)
         decay_at = decay[:, None, None]
-        past = past * decay_at[..., None] ** distance
-        before = decay_at**token
-        kept = decay_at ** jnp.maximum(streams.length[:, None] - token, 0)
-        left = decay ** streams.length[:, None]
+        decay_mask = decay_mask * decay_at[..., None] ** distance
+        query_decay = decay_at**token
+        key_decay = decay_at ** jnp.maximum(streams.length[:, None] - token, 0)
+        state_decay = decay ** streams.length[:, None]
     if score is not None:
-        past = past * score[:, None, :]
-        kept = score * (jnp.float32(1) if kept is None else kept)
+        decay_mask = decay_mask * score[:, None, :]
+        key_decay = score * (jnp.float32(1) if key_decay is None else key_decay)
     end = streams.first + streams.length
     position, offset = streams.split_positions()
     bound = None if streams.continued else streams.num_tokens
-    return Reach(position, streams.alive, past, before, kept, left, end, offset, bound)
+    return Reach(
+        position, streams.alive, decay_mask, query_decay, key_decay, state_decay, end, offset, bound
+    )
 
 
 def _of_forks(sums: Mapping[str, Any]) -> dict[str, Any]:

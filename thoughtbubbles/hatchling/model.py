@@ -129,7 +129,7 @@ class Hatchling(SitedHatchling):
             return self._forward(x, length, starts=starts).hidden
         if positions is None or visible is None or starts is not None:
             raise ValueError("positions and visible belong together, without starts: give both")
-        reach = Reach.where(self.config, positions, visible)
+        reach = Reach.from_mask(self.config, positions, visible)
         return self._layers(self._first(x), reach, None)[0].value
 
     @property
