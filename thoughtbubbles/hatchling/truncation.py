@@ -10,7 +10,7 @@ Segment = Callable[[Any, Any, Any], tuple[jax.Array, tuple[Any, Any]]]
 """Function from parameters, state and inputs of a segment to `(loss, (next state, other sums))`."""
 
 
-def truncated_sum(segment: Segment, weights: Any, state: Any, inputs: Any) -> tuple[jax.Array, Any]:
+def truncated_sum(segment: Segment, params: Any, state: Any, inputs: Any) -> tuple[jax.Array, Any]:
     """Sum a loss over consecutive segments, each of which starts from the previous one's state.
 
     The sum is differentiable with respect to the parameters; the gradient treats each state as a
@@ -20,14 +20,14 @@ def truncated_sum(segment: Segment, weights: Any, state: Any, inputs: Any) -> tu
     Args:
         segment: Function that computes the loss of a segment, the state after the segment, and
             other sums.
-        weights: Parameters, a pytree of arrays. Arrays that are not floating-point get no gradient.
+        params: Parameters, a pytree of arrays. Arrays that are not floating-point get no gradient.
         state: State before the first segment; it gets no gradient.
         inputs: Pytree of arrays whose axis 0 indexes the segments.
 
     Returns:
         Sum of the losses, and the other sums added over the segments, which get no gradient.
     """
-    leaves, structure = jax.tree.flatten(weights)
+    leaves, structure = jax.tree.flatten(params)
     trained = [jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in leaves]
 
     def join(floats: list[Any], others: list[Any]) -> Any:
