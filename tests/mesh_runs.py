@@ -74,8 +74,8 @@ class OnMesh:
     def restored(self, folder: Path) -> Any:
         abstract = self.trainable.abstract
         with Checkpointer(folder, 1) as checkpointer:
-            _, weights, rest, _ = checkpointer.restore(abstract.weights, abstract.rest)
-        return rest.with_weights(weights)
+            _, variables, rest, _ = checkpointer.restore(abstract.variables, abstract.rest)
+        return rest.with_variables(variables)
 
 
 def main(folder: Path, port: str, process: int) -> None:

@@ -41,10 +41,10 @@ class Rows:
 def evaluate(config, positions=0, devices=1):
     mesh = make_mesh(MeshConfig(devices, 1, 1), jax.devices()[:devices])
     trainable = make_trainable(config, OptimizerConfig(), 10, mesh)
-    weights = jax.device_put(nnx.state(quick_model(config)), trainable.shardings.weights)
+    variables = jax.device_put(nnx.state(quick_model(config)), trainable.shardings.variables)
     settings = EvalConfig(rows=0, positions=positions)
     evaluator = Evaluator(trainable, 8 if devices > 1 else 2, settings)
-    return evaluator(weights, Rows())  # pyright: ignore
+    return evaluator(variables, Rows())  # pyright: ignore
 
 
 def brute_force(config):

@@ -234,8 +234,8 @@ def test_no_causal_policy_beats_a_coin(policy):
     trainable, state = random_bits.trained(model, config, seed=0)
     rng = np.random.default_rng(0)
     noisy = lambda leaf: np.asarray(leaf + 0.3 * rng.normal(size=leaf.shape), leaf.dtype)  # noqa: E731
-    weights = jax.tree.map(noisy, jax.device_get(state.weights))
-    scores = random_bits.all_strings(trainable, state.with_weights(weights), config.length)
+    variables = jax.tree.map(noisy, jax.device_get(state.variables))
+    scores = random_bits.all_strings(trainable, state.with_variables(variables), config.length)
     if policy.causal:
         assert scores["parallel"] == pytest.approx(scores["prefix_only"], abs=1e-5)
         assert scores["parallel"] > math.log(2) - 1e-6

@@ -239,7 +239,7 @@ def test_a_training_step_is_that_of_one_device(name):
         with jax.set_mesh(mesh):
             trainable = make_trainable(MODELS[name], optimizer, 10, mesh)
             zeros = lambda leaf: np.zeros(leaf.shape, leaf.dtype)  # noqa: E731
-            state = jax.tree.map(zeros, trainable.abstract.rest).with_weights(weights(name))
+            state = jax.tree.map(zeros, trainable.abstract.rest).with_variables(weights(name))
             state, batch = jax.device_put(state, trainable.shardings), place(rows, mesh)
             step = make_train_step(trainable).lower(state, batch).compile()
             state, metrics = step(state, batch)

@@ -132,11 +132,11 @@ def test_the_mesh_around_is_taken_or_refused():
     mesh = explicit((2,), "data")
     trainable = make_trainable(CONFIG, OptimizerConfig(), 10, mesh)
     with pytest.raises(ValueError, match=r"mesh data=2 is explicit and the mesh around is none: c"):
-        trainable.model(trainable.abstract.weights)
+        trainable.model(trainable.abstract.variables)
     with jax.set_mesh(explicit((4,), "data")), pytest.raises(ValueError, match="around is data=4"):
-        trainable.model(trainable.abstract.weights)
+        trainable.model(trainable.abstract.variables)
     with jax.set_mesh(mesh):
-        trainable.model(trainable.abstract.weights)
+        trainable.model(trainable.abstract.variables)
         assert make_mesh(MeshConfig()) == mesh
         assert make_mesh(MeshConfig(), jax.devices()[:1]).size == 1
         with pytest.raises(ValueError, match=r"data=2 fsdp=1 tensor=1 inside jax.set_mesh of dat"):

@@ -45,7 +45,7 @@ def saved(folder):
     run = OnMesh(run_config(folder), MeshConfig(1, 4, 2), 8)
     state, _ = run.train(run.trainable.init(), 5)
     with Checkpointer(folder / "saved", 1) as checkpointer:
-        checkpointer.save(5, state.weights, state.rest, {})
+        checkpointer.save(5, state.variables, state.rest, {})
     return run.train(state, MORE_STEPS)[1]
 
 

@@ -103,11 +103,11 @@ def losses_of_steps(sizes: tuple[int, ...] = (1, 1, 1), devices: int = 1) -> np.
     config = dataclasses.replace(NOISY, **small)
     trainable = make_trainable(config, optimizer, steps=10, mesh=mesh)
     step, state = make_train_step(trainable), trainable.init()
-    before, found = jax.tree.map(np.array, state.weights), []
+    before, found = jax.tree.map(np.array, state.variables), []
     for _ in range(3):
         state, metrics = step(state, place(rows, mesh))
         found.append(float(metrics["loss"]))
-    moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), state.weights, before)
+    moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), state.variables, before)
     assert max(jax.tree.leaves(moved)) < 1e-25
     return np.array(found)
 

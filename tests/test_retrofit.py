@@ -203,7 +203,7 @@ def test_forks_learn_while_the_rest_stays_as_it_is():
         state, metrics = step(state, tokens)
         losses.append(float(metrics["loss"]))
     assert losses[-1] < losses[0] - 0.05, losses
-    after = nnx.to_pure_dict(state.weights)
+    after = nnx.to_pure_dict(state.variables)
     jax.tree.map(np.testing.assert_array_equal, after | {"forks": 0}, weights | {"forks": 0})
     for layer, fork in after["forks"].items():
         for name in ("gate", "score", "embedding"):

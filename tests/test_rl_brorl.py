@@ -145,18 +145,18 @@ def test_as_many_optimizer_steps_whatever_the_number_of_rollouts(tmp_path, probl
         aux = {"tokens": np.float32(1)}
         return state, {"loss": 0.0, "grad_norm": 0.0, "learning_rate": 0.0, "aux": aux}
 
-    zeros = lambda weights, rows: np.zeros(rows["tokens"].shape, np.float32)  # noqa: E731
+    zeros = lambda variables, rows: np.zeros(rows["tokens"].shape, np.float32)  # noqa: E731
     made.learner.programs = Programs(step, zeros)  # pyright: ignore[reportArgumentType]
     row = dataclasses.replace(trajectories([[1.0]])[0], group=0)
     rows = make_rows([row] * (problems * count), [np.zeros(1)] * (problems * count), 16)
-    state: Any = type("State", (), {"weights": None})()
+    state: Any = type("State", (), {"variables": None})()
     made.learner.update(state, rows, np.random.default_rng(0))
     assert seen == [held] * 16
 
 
 def collect(out: Path, max_rows: int) -> tuple[Any, int]:
     made = job(out, "grpo", num_generations=16, batch_size=2, max_rows=max_rows)
-    sampler = made.sampler(made.first_state().weights)
+    sampler = made.sampler(made.first_state().variables)
     return made.collector.collect(sampler), sampler.prefills
 
 

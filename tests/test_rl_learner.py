@@ -49,7 +49,7 @@ def stacked(reinforcing: RLJob, trajectories, multiple: int = 1):
 def rollouts(train: str = "lora", model: str = "shallow"):
     reinforcing = learner_of(model, train=train)
     state = reinforcing.first_state()
-    return reinforcing, state, reinforcing.collect(state.weights).trajectories
+    return reinforcing, state, reinforcing.collect(state.variables).trajectories
 
 
 learner_of = functools.cache(work)  # what it compiles is found again
@@ -112,7 +112,7 @@ def test_the_gradient_is_that_of_weighted_log_probabilities():
     @jax.jit
     @jax.grad
     def slope(params):
-        model = reinforcing.trainable.model(dataclasses.replace(state, params=params).weights)
+        model = reinforcing.trainable.model(dataclasses.replace(state, params=params).variables)
         return -(scores(model, placed, reinforcing.sampling()) * weight).sum()
 
     placed = {name: jnp.asarray(values) for name, values in rows.items()}
@@ -184,7 +184,7 @@ def test_a_filtered_step_changes_nothing_and_counts():
 
 def test_filtering_keeps_whole_groups_that_differ():
     reinforcing = work(method="dapo", num_generations=2, max_batches=8)
-    collected = reinforcing.collect(reinforcing.first_state().weights)
+    collected = reinforcing.collect(reinforcing.first_state().variables)
     assert collected.kept == 4 < collected.groups
     kept = Episodes.from_trajectories(collected.trajectories)
     for group in set(kept.group):
@@ -209,7 +209,7 @@ def played(keep_context: bool):
     """Rollouts of all parameters' policy."""
     strategy = f"turns(max_turns=3, max_observation=2, keep_context={keep_context})"
     reinforcing = work(task=Letters(), strategy=strategy, train="all", max_new_tokens=2)
-    return reinforcing.collect(reinforcing.first_state().weights).trajectories
+    return reinforcing.collect(reinforcing.first_state().variables).trajectories
 
 
 def test_credit_of_turns_is_by_return():

@@ -272,16 +272,16 @@ def test_the_first_step_of_the_value_head_by_hand(tmp_path):
     mine = of_contract(tmp_path)
     state = mine.first_state()
     assert not any(leaf.any() for leaf in jax.tree.leaves(state.params["value_head"]))
-    trajectories = mine.collect(state.weights).trajectories
-    rows = mine.rows(trajectories, state.weights)
+    trajectories = mine.collect(state.variables).trajectories
+    rows = mine.rows(trajectories, state.variables)
     assert not rows["values"].any()
     expected = np.zeros(rows["returns"].shape)
     for of, one in zip(expected, trajectories, strict=False):
         for position in np.flatnonzero(one.trained):
             of[position] = 0.95 ** (len(one.tokens) - 1 - position) * one.reward.value
     np.testing.assert_allclose(rows["returns"], expected, atol=1e-7)
-    hidden = jax.jit(lambda weights, rows: predictors(mine.trainable.model(weights), rows))(
-        state.weights, {name: rows[name] for name in ("tokens", "length")}
+    hidden = jax.jit(lambda variables, rows: predictors(mine.trainable.model(variables), rows))(
+        state.variables, {name: rows[name] for name in ("tokens", "length")}
     )
     trained = rows["trained"]
     slope = -0.5 * (expected[trained][:, None] * hidden[trained]).mean(axis=0)
@@ -404,10 +404,10 @@ def test_episodes_without_a_reward_for_each_response_are_one_line():
 def test_a_value_head_that_diverges_is_named(tmp_path):
     mine = of_contract(tmp_path)
     state = mine.first_state()
-    rows = mine.collect(state.weights).trajectories
+    rows = mine.collect(state.variables).trajectories
     state.params["value_head"]["bias"].set_value(jnp.float32(np.nan))
     with pytest.raises(FloatingPointError, match="the value head gives NaN or infinity"):
-        mine.rows(rows, state.weights)
+        mine.rows(rows, state.variables)
 
 
 def test_any_method_takes_the_advantage_and_groups_of_one():

@@ -298,7 +298,7 @@ def test_the_standard_error_knows_that_problems_repeat(tmp_path):
             return super().problem(split, index % 4)
 
     reinforcing = work(tmp_path, Few())
-    found, rows = reinforcing.evaluate(reinforcing.first_state().weights)
+    found, rows = reinforcing.evaluate(reinforcing.first_state().variables)
     assert len({row.problem.uid for row in rows}) == 4
     rate = found["success"]
     assert 0 < rate < 1

@@ -182,7 +182,7 @@ def test_gradients_and_metrics_are_those_of_unshared_prompts(always, changes):
         collected = [
             row for row in trajectories() if row.trained.any() or "ppo" not in str(changes)
         ]
-        rows = job.rows(collected, state.weights)
+        rows = job.rows(collected, state.variables)
         state, metrics = job.learner.update(state, rows, np.random.default_rng(0))
         values = {name: rows[name] for name in ("values", "returns", "advantages") if name in rows}
         found[share] = jax.device_get(optax.tree.get(state.opt_state, "mu")), metrics, values

@@ -301,7 +301,7 @@ def test_a_run_shows_outcomes_of_training_and_of_held_out_problems(tmp_path: Pat
     replaced = job(tmp_path, "truthrl", reward="overlong(buffer=1)").describe()
     assert "truthrl with reward overlong(buffer=1, factor=1.0) in place of ternary(" in replaced
     assert isinstance(made.task, TruthfulTask) and made.task.abstain == 0.5
-    found, rows = made.evaluate(made.first_state().weights)
+    found, rows = made.evaluate(made.first_state().variables)
     three = [found[f"info/{name}"] for name in ("accuracy", "uncertain", "hallucination")]
     assert sum(three) == pytest.approx(1) and three[0] == found["success"]
     assert found["reward"] == pytest.approx(found["info/truthfulness"]) and len(rows) == 4
@@ -370,11 +370,11 @@ def test_a_probe_finds_what_is_out_of_knowledge(tmp_path: Path):
 def test_answers_of_a_probe_are_of_the_nucleus(tmp_path: Path):
     """A nucleus of one token is greedy, whatever the temperature."""
     made = job(tmp_path, "grpo")
-    weights = made.first_state().weights
+    variables = made.first_state().variables
     problems = [made.task.problem("train", index) for index in range(4)]
 
     def texts(**changes: Any) -> list[tuple[str, ...]]:
-        sampler = made.sampler(weights, greedy=not changes)
+        sampler = made.sampler(variables, greedy=not changes)
         sampling = dataclasses.replace(sampler.sampling, **changes)
         narrow = Sampler(sampler.policy, sampling, 256, made.trainable.mesh)
         rows = made.collector.strategy.collect(narrow, made.task, problems, [1] * 4, (0,))

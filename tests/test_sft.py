@@ -260,7 +260,7 @@ def test_packing_changes_no_loss(base, chats):
         data = ChatDataConfig(path=(str(chats),), validation=0.2, seq_len=64, pack=pack)
         work = SFTJob(config(base, chats, data=data))
         rows = work.prepare().train
-        finetunable = work.trainable.model(work.first_state().weights)
+        finetunable = work.trainable.model(work.first_state().variables)
         batch = work.inputs(next(rows.batches(64)))  # filled up with empty rows
         total, weight = jax.jit(lambda *given: sft_loss(*given, None)[:2])(finetunable, batch)
         totals.append((float(total), float(weight)))
@@ -274,9 +274,9 @@ def test_rows_as_long_as_their_longest_change_no_loss(base, chats, monkeypatch, 
     rows = work.prepare().train
     monkeypatch.setattr("train.data.chat_data.SHORTEST_ROW", 4)
     shortest = np.argsort(rows.lengths)[:4]
-    weights = work.first_state().weights
+    variables = work.first_state().variables
     short, long = (
-        work._score(weights, work.inputs(rows.read(shortest, width)))
+        work._score(variables, work.inputs(rows.read(shortest, width)))
         for width in (None, rows.seq_len)
     )
     assert rows.width(shortest) < rows.seq_len
@@ -329,7 +329,7 @@ def test_a_weaver_reads_each_response_in_a_row_of_its_own(base, chats):
 def test_a_weavers_loss_is_that_of_its_plan(base, chats):
     work = SFTJob(config(base, chats, train="weaver"))
     rows = work.inputs(work.prepare().train.read(np.arange(8)))
-    finetunable = work.trainable.model(work.first_state().weights)
+    finetunable = work.trainable.model(work.first_state().variables)
     first = dataclasses.replace(MEMORY, insertion="first")
     finetunable.memgen.config = first
     tokens = np.maximum(rows["tokens"], 0)

@@ -178,11 +178,11 @@ def test_thresholds_are_no_parameters():
     assert len(jax.tree.leaves(state.tracked)) == 1
     moments = state.opt_state[1][0].mu
     assert jax.tree.structure(moments) == jax.tree.structure(state.params)
-    assert len(jax.tree.leaves(state.weights)) == len(jax.tree.leaves(state.params)) + 1
+    assert len(jax.tree.leaves(state.variables)) == len(jax.tree.leaves(state.params)) + 1
     for policy in (TopK(1.5), PrefixRank(1.5)):
         config = dataclasses.replace(CONFIG, policy=policy)
         state = make_trainable(config, ADAMW, 10, make_mesh(MeshConfig(2, 2, 2))).abstract
-        assert jax.tree.structure(state.weights) == jax.tree.structure(state.params)
+        assert jax.tree.structure(state.variables) == jax.tree.structure(state.params)
         assert not jax.tree.leaves(state.tracked)
 
 

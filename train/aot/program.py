@@ -116,19 +116,19 @@ def _decode(config: RunConfig, trainable: Trainable) -> Program:
             f"{model_config.policy} can't be decoded with a cache, its choice looks at the whole "
             'row: pass --model.policy "PrefixRank(ratio=2.0)"'
         )
-    weights = trainable.abstract.weights
-    shardings = state_shardings(weights, mesh, AxisRules(embed=None))
+    variables = trainable.abstract.variables
+    shardings = state_shardings(variables, mesh, AxisRules(embed=None))
     cache = jax.eval_shape(
-        lambda weights: init_cache(
-            trainable.model(weights), config.batch_size, config.data.seq_len
+        lambda variables: init_cache(
+            trainable.model(variables), config.batch_size, config.data.seq_len
         ),
-        weights,
+        variables,
     )
     cache_sharding = cache_shardings(cache, mesh)
     token = jax.ShapeDtypeStruct((config.batch_size,), jnp.int32)
 
-    def step(weights: Any, cache: Cache, token: jax.Array) -> tuple[jax.Array, Cache]:
-        return decode_step(trainable.model(weights), cache, token)
+    def step(variables: Any, cache: Cache, token: jax.Array) -> tuple[jax.Array, Cache]:
+        return decode_step(trainable.model(variables), cache, token)
 
     argument_shardings = (shardings, cache_sharding, batch_sharding(mesh))
     function = jax.jit(
@@ -137,7 +137,7 @@ def _decode(config: RunConfig, trainable: Trainable) -> Program:
         out_shardings=(batch_sharding(mesh), cache_sharding),
         donate_argnums=1,
     )
-    inputs = tuple(map(_placed, (weights, cache, token), argument_shardings))
+    inputs = tuple(map(_placed, (variables, cache, token), argument_shardings))
     arguments = {"parameters": inputs[0], "cache": inputs[1], "batch": inputs[2]}
     length = config.data.seq_len
     flops = config.batch_size * model_config.forward_flops(length) / length

@@ -154,7 +154,7 @@ def best_step(job: RLJob, repeats: int) -> dict[str, float]:
 
 def update_pair(job: RLJob, other: RLJob) -> dict[str, "Updates"]:
     """Make timed updates of two jobs on the same rollouts, under the names "once" and "each"."""
-    trajectories = job.collect(job.first_state().weights).trajectories
+    trajectories = job.collect(job.first_state().variables).trajectories
     return {"once": Updates(job, trajectories), "each": Updates(other, trajectories)}
 
 
@@ -167,7 +167,7 @@ class Updates:
 
     def __init__(self, job: RLJob, trajectories: Sequence[Trajectory]):
         self._learner, self._state = job.learner, job.first_state()
-        self._rows = job.rows(trajectories, self._state.weights)
+        self._rows = job.rows(trajectories, self._state.variables)
         self.flops = self._learner.update_flops(self._state, self._rows)
 
     def __call__(self) -> Cost:
@@ -182,7 +182,7 @@ class Rollouts:
     """Timed rollouts of one prompt, which is prefilled once if `shared`, else in each row."""
 
     def __init__(self, job: RLJob, config: RLBenchmark, shared: bool):
-        self._sampler: Sampler = job.sampler(job.first_state().weights)
+        self._sampler: Sampler = job.sampler(job.first_state().variables)
         problem = job.collector.problems("test", 0, 1)[0]
         prompt, rows = job.lm.prompt(problem.prompt), config.num_generations
         self._prompts, self._source = [prompt] * rows, list(range(rows))

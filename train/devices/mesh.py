@@ -262,13 +262,13 @@ def place(batch: Any, mesh: Mesh) -> jax.Array:
     return jax.make_array_from_callback(batch.shape, batch_sharding(mesh), lambda part: batch[part])
 
 
-def put(weights: Any, shardings: Any) -> Any:
+def put(tree: Any, shardings: Any) -> Any:
     """Shard a tree of arrays, each of which every process has in full, by a tree of shardings.
 
     Arrays that already have the wanted sharding are not copied.
     """
     if jax.process_count() == 1:
-        return jax.device_put(weights, shardings)
+        return jax.device_put(tree, shardings)
 
     def whole(leaf: Any, sharding: Any) -> jax.Array:
         if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
@@ -277,7 +277,7 @@ def put(weights: Any, shardings: Any) -> Any:
         values = np.asarray(leaf)
         return jax.make_array_from_callback(values.shape, sharding, lambda part: values[part])
 
-    return jax.tree.map(whole, weights, shardings)
+    return jax.tree.map(whole, tree, shardings)
 
 
 def rows_here(batch_size: int, mesh: Mesh) -> np.ndarray:

@@ -221,8 +221,8 @@ def run(begin: Callable[[], TrainingJob], config: LoopConfig) -> dict[str, float
             return held_out
 
         def save(step: int) -> None:
-            weights = state.weights if job.keeps_frozen else state.params
-            checkpointer.save(step, weights, state.rest, {**meta, "step": step}, force=True)
+            variables = state.variables if job.keeps_frozen else state.params
+            checkpointer.save(step, variables, state.rest, {**meta, "step": step}, force=True)
 
         held_out: dict[str, float] = {}
         batches = stack.enter_context(contextlib.closing(opened.reader.iterate(start)))
@@ -339,13 +339,13 @@ def restore_or_init(checkpointer: Checkpointer, job: Resumable) -> TrainState:
     if newest is None:
         return job.first_state()
     abstract = job.trainable.abstract
-    kept = abstract.weights if job.keeps_frozen else abstract.params
-    step, weights, rest, _ = checkpointer.restore(kept, abstract.rest, newest)
+    kept = abstract.variables if job.keeps_frozen else abstract.params
+    step, variables, rest, _ = checkpointer.restore(kept, abstract.rest, newest)
     if not job.keeps_frozen:
-        weights = dataclasses.replace(job.first_state(), params=weights).weights
+        variables = dataclasses.replace(job.first_state(), params=variables).variables
     if jax.process_index() == 0:
         print(f"continuing {job.config.out} from step {step}", file=sys.stderr)
-    return rest.with_weights(weights)
+    return rest.with_variables(variables)
 
 
 @contextlib.contextmanager

@@ -47,12 +47,12 @@ class TrainState:
     )
 
     @property
-    def weights(self) -> Any:
+    def variables(self) -> Any:
         """All variables of the model in one nnx.State: trained, frozen and tracked ones."""
         return nnx.merge_state(self.params, self.frozen, self.tracked)
 
-    def with_weights(self, weights: Any) -> "TrainState":
-        params, frozen, tracked = nnx.split_state(weights, *_parts(self.trained))
+    def with_variables(self, variables: Any) -> "TrainState":
+        params, frozen, tracked = nnx.split_state(variables, *_parts(self.trained))
         return dataclasses.replace(self, params=params, frozen=frozen, tracked=tracked)
 
     @property
@@ -68,7 +68,7 @@ class Trainable:
     Attributes:
         config: Config of the decoder; the config's class determines the architecture
             (`ARCHITECTURES`).
-        graphdef: Graph definition that merges with `TrainState.weights` into the decoder, or into
+        graphdef: Graph definition that merges with `TrainState.variables` into the decoder, or into
             the module that `wrap` of `make_trainable` builds around it.
         optimizer: Gradient transformation.
         schedule: Learning rate by step.
@@ -99,10 +99,10 @@ class Trainable:
         """Number of trained parameters."""
         return sum(leaf.size for leaf in jax.tree.leaves(self.abstract.params))
 
-    def model(self, weights: Any) -> Any:
+    def model(self, variables: Any) -> Any:
         check_entered(self.mesh)
         # Copies of the variables (not of the arrays): tracking must not change the caller's.
-        return nnx.merge(self.graphdef, weights, copy=True)
+        return nnx.merge(self.graphdef, variables, copy=True)
 
     def init(self) -> TrainState:
         """Create the random initial state directly on the mesh, with equal values on any mesh."""
@@ -113,32 +113,32 @@ class Trainable:
 
         return jax.jit(create, out_shardings=self.shardings)()
 
-    def init_from(self, weights: Mapping[Any, Any]) -> TrainState:
+    def init_from(self, params: Mapping[Any, Any]) -> TrainState:
         """Create the initial state from given parameters of the decoder, placed on the mesh.
 
         Args:
-            weights: Nested dict of arrays, as `nnx.to_pure_dict` returns it. Arrays that already
+            params: Nested dict of arrays, as `nnx.to_pure_dict` returns it. Arrays that already
                 have the run's sharding are not copied, and the first train step donates them.
 
         Raises:
             ValueError: Names or shapes differ from those of the decoder's parameters.
         """
-        return self.start(nnx.state(self.architecture.from_params(self.config, weights)))
+        return self.start(nnx.state(self.architecture.from_params(self.config, params)))
 
-    def start(self, weights: Any) -> TrainState:
+    def start(self, variables: Any) -> TrainState:
         """Create the initial state from given values of all variables, placed on the mesh.
 
         Args:
-            weights: nnx.State of all variables, as `TrainState.weights`. Arrays that already have
-                the run's sharding are not copied, and the first train step donates them.
+            variables: nnx.State of all variables, as `TrainState.variables`. Arrays that already
+                have the run's sharding are not copied, and the first train step donates them.
         """
-        state = put(weights, self.shardings.weights)
+        state = put(variables, self.shardings.variables)
         # Parameters stay the arrays that they are; the rest is new.
         rest = jax.jit(
             lambda: _first_state(self.optimizer, state, self.abstract.trained).rest,
             out_shardings=self.shardings.rest,
         )()
-        return rest.with_weights(state)
+        return rest.with_variables(state)
 
 
 def make_trainable(
@@ -183,13 +183,13 @@ def make_trainable(
         )
         return model if wrap is None else wrap(model)
 
-    graphdef, weights = nnx.split(abstract_module(build))
-    params, _, _ = nnx.split_state(weights, *_parts(trained))
+    graphdef, variables = nnx.split(abstract_module(build))
+    params, _, _ = nnx.split_state(variables, *_parts(trained))
     if not params:
         raise ValueError(f"trained={trained}: the model has no such parameter, none would move")
     schedule = make_schedule(optimizer, steps)
     transform = make_optimizer(optimizer, schedule, params)
-    abstract = jax.eval_shape(partial(_first_state, transform, trained=trained), weights)
+    abstract = jax.eval_shape(partial(_first_state, transform, trained=trained), variables)
     shardings = state_shardings(abstract, mesh)
     abstract = jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
@@ -202,9 +202,9 @@ def make_trainable(
 
 
 def _first_state(
-    optimizer: optax.GradientTransformation, weights: Any, trained: filterlib.Filter
+    optimizer: optax.GradientTransformation, variables: Any, trained: filterlib.Filter
 ) -> TrainState:
-    params, frozen, tracked = nnx.split_state(weights, *_parts(trained))
+    params, frozen, tracked = nnx.split_state(variables, *_parts(trained))
     step = jnp.zeros((), jnp.int32)
     return TrainState(step, params, frozen, optimizer.init(params), tracked, trained)
 

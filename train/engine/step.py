@@ -64,7 +64,7 @@ def make_train_step(
         key = jax.random.fold_in(key, part)
 
         def of(params: Any) -> tuple[jax.Array, dict[str, Any]]:
-            model = trainable.model(dataclasses.replace(state, params=params).weights)
+            model = trainable.model(dataclasses.replace(state, params=params).variables)
             total, weight, aux = loss(model, batch, key, *constants)
             moved = jax.tree.map(lambda value: value * weight, nnx.state(model, Tracked))
             return total, {"loss": total, "weight": weight, "aux": aux, "tracked": moved}

@@ -50,18 +50,18 @@ class Evaluator:
         self._mesh, self._config = trainable.mesh, config
         self._causal = trainable.config.causal
         self._batch_size = batch_size
-        shardings = (trainable.shardings.weights, batch_sharding(self._mesh))
+        shardings = (trainable.shardings.variables, batch_sharding(self._mesh))
         everywhere = replicated(self._mesh)
 
-        def teacher_forced(weights: Any, rows: jax.Array) -> tuple[jax.Array, dict[str, Any]]:
+        def teacher_forced(variables: Any, rows: jax.Array) -> tuple[jax.Array, dict[str, Any]]:
             """Compute nats `[N, T]` of N rows, and the `row_statistics` `[N]` of the rows."""
-            model = trainable.model(weights)
+            model = trainable.model(variables)
             nats, output = model.token_losses(rows)
             return nats, model.row_statistics(output)
 
-        def prefix_only(weights: Any, prefixes: jax.Array) -> jax.Array:
+        def prefix_only(variables: Any, prefixes: jax.Array) -> jax.Array:
             """Compute nats `[N]` of the last token of each row, which is padded with -1."""
-            model = trainable.model(weights)
+            model = trainable.model(variables)
             length = (prefixes >= 0).sum(axis=1, dtype=jnp.int32) - 1
             target = jnp.take_along_axis(prefixes, length[:, None], axis=1)
             output = model.run(jnp.maximum(prefixes[:, :-1], 0), length)
@@ -73,7 +73,7 @@ class Evaluator:
         )
         self._prefix_only = jax.jit(prefix_only, in_shardings=shardings, out_shardings=everywhere)
 
-    def __call__(self, weights: Any, rows: PackedRows) -> dict[str, float]:
+    def __call__(self, variables: Any, rows: PackedRows) -> dict[str, float]:
         """Compute the metrics of a sample of rows that are evenly spaced over the split.
 
         For a policy that is not causal, `loss` is the teacher-forced mean over all positions, plus
@@ -83,7 +83,7 @@ class Evaluator:
         sources, with the mixture weights at the end of the mixture's schedule.
 
         Args:
-            weights: State of the model's parameters (`TrainState.weights`).
+            variables: State of the model's parameters (`TrainState.variables`).
             rows: Rows of the split.
 
         Returns:
@@ -95,9 +95,9 @@ class Evaluator:
             source, as `source/NAME/...`.
         """
         if isinstance(rows, JoinedRows):
-            scored = {name: self(weights, part) for name, part in rows.parts.items()}
+            scored = {name: self(variables, part) for name, part in rows.parts.items()}
             return over_sources(scored, dict(zip(rows.parts, rows.weights, strict=True)))
-        tokens, nats, sums, num_bytes = self._score_teacher_forced(weights, rows)
+        tokens, nats, sums, num_bytes = self._score_teacher_forced(variables, rows)
         weight = tokens[:, 1:] >= 0
         total, count = float(nats[weight].sum()), int(weight.sum())
         to_bits = count / math.log(2) / max(num_bytes, 1)
@@ -115,7 +115,7 @@ class Evaluator:
         row, position = np.nonzero(weight)
         chosen = self._choose(len(row))
         row, position = row[chosen], position[chosen]
-        gaps = self._score_prefixes(weights, tokens, row, position) - nats[row, position]
+        gaps = self._score_prefixes(variables, tokens, row, position) - nats[row, position]
         gap_error = gaps.std(ddof=1) / math.sqrt(len(gaps)) if len(gaps) < count else 0.0
         loss = blockwise + float(gaps.mean())
         return {
@@ -127,11 +127,11 @@ class Evaluator:
             "blockwise_bits_per_byte": blockwise * to_bits,
         }
 
-    def _score_teacher_forced(self, weights: Any, rows: PackedRows):
+    def _score_teacher_forced(self, variables: Any, rows: PackedRows):
         tokens, nats, sums, num_bytes = [], [], collections.Counter(), 0
         limit = self._config.rows or None
         for batch in evaluation_batches(rows, self._batch_size, limit):
-            scored = self._teacher_forced(weights, place(batch["tokens"], self._mesh))
+            scored = self._teacher_forced(variables, place(batch["tokens"], self._mesh))
             tokens.append(batch["tokens"])
             nats.append(np.asarray(scored[0]))
             sums.update({name: np.asarray(rows).sum().item() for name, rows in scored[1].items()})
@@ -144,7 +144,7 @@ class Evaluator:
             return np.arange(count)
         return np.sort(np.random.default_rng(0).choice(count, positions, replace=False))
 
-    def _score_prefixes(self, weights, tokens, row, position) -> np.ndarray:
+    def _score_prefixes(self, variables, tokens, row, position) -> np.ndarray:
         """Compute nats `[N]` of the targets at `row`, `position`, with only prefixes as input."""
         scores = []
         for start in range(0, len(row), self._batch_size):
@@ -155,7 +155,7 @@ class Evaluator:
             for index, (source, end) in enumerate(zip(row[part], ends, strict=True)):
                 prefixes[index] = -1
                 prefixes[index, : end + 1] = tokens[source, : end + 1]
-            scored = np.asarray(self._prefix_only(weights, place(prefixes, self._mesh)))
+            scored = np.asarray(self._prefix_only(variables, place(prefixes, self._mesh)))
             scores.append(scored[: len(ends)])
         return np.concatenate(scores)
 
@@ -271,5 +271,5 @@ def held_out(
     mesh = make_mesh(MeshConfig())
     wrap = quantise if in_int8(model) else None
     trainable = make_trainable(model.config, OptimizerConfig(), 1, mesh, wrap=wrap)
-    weights = jax.device_put(nnx.state(model), trainable.shardings.weights)
-    return Evaluator(trainable, batch_size, config)(weights, rows)
+    variables = jax.device_put(nnx.state(model), trainable.shardings.variables)
+    return Evaluator(trainable, batch_size, config)(variables, rows)

@@ -245,7 +245,7 @@ def shown_episodes(config: Experiment, text: str, environment: Any, seed: int) -
     arrays = make_rows(rows, [np.zeros(len(row.tokens)) for row in rows])
     states = supervise(job, {name: arrays[name] for name in ("tokens", "trained", "length")}, ROWS)
     state = next(itertools.islice(states, config.supervised - 1, None))
-    model = job.trainable.model(state.weights).backbone.model
+    model = job.trainable.model(state.variables).backbone.model
     return RLJob(run_config(config, text, seed), LanguageModel(model, lm.tokenizer), environment)
 
 
@@ -333,7 +333,7 @@ def sampled_score(job: RLJob, episodes: int) -> Score:
     count = episodes if size is None else min(size, episodes)
     problems = [job.task.problem("train", index) for index in range(count)]
     counts = [len(range(index, episodes, count)) for index in range(count)]
-    sampler = job.sampler(job.first_state().weights)
+    sampler = job.sampler(job.first_state().variables)
     strategy = job.collector.strategy
     return score_of(strategy.collect(sampler, job.task, problems, counts, (job.config.seed, 2)))
 

@@ -285,19 +285,19 @@ class Study:
         self.tests = test_sets(seed, config.prompts)
         self._mesh = make_mesh(MeshConfig(), jax.devices()[:1])
         base = _trainable(PRETRAINING, config.pretraining, self._mesh, seed, nnx.Param)
-        weights = nnx.state(FinetunableModel.whole(base.architecture(MODEL, rngs=nnx.Rngs(seed))))
+        variables = nnx.state(FinetunableModel.whole(base.architecture(MODEL, rngs=nnx.Rngs(seed))))
         state = self._trained(
-            make_train_step(base, 1, sft_loss), base.start(weights), lookups(seed),
+            make_train_step(base, 1, sft_loss), base.start(variables), lookups(seed),
             config.pretraining,
         )  # fmt: skip
-        self._base = state.weights
+        self._base = state.variables
         self._tuning = _trainable(TUNING, config.steps, self._mesh, seed, TUNED)
         self._step = make_train_step(self._tuning, 1, sft_loss)
 
         @jax.jit
-        def next_token(weights: Any, tokens: jax.Array, length: jax.Array) -> jax.Array:
+        def next_token(variables: Any, tokens: jax.Array, length: jax.Array) -> jax.Array:
             """Return the most probable token `[B]` after the first `length` tokens of rows."""
-            return jnp.argmax(base.model(weights).model(tokens)[:, length - 1], axis=-1)
+            return jnp.argmax(base.model(variables).model(tokens)[:, length - 1], axis=-1)
 
         self._next_token = next_token
 
@@ -324,16 +324,18 @@ class Study:
                 state = self._trained(self._step, state, data, steps - done)
                 done = steps
                 found[str(steps)] = {
-                    name: self.scores(state.weights, test, arm.thoughts)
+                    name: self.scores(state.variables, test, arm.thoughts)
                     for name, test in self.tests.items()
                 }
         return found
 
-    def scores(self, weights: Any, examples: Sequence[Example], thoughts: bool) -> dict[str, float]:
+    def scores(
+        self, variables: Any, examples: Sequence[Example], thoughts: bool
+    ) -> dict[str, float]:
         """Score the answers that a decoder gives by greedy decoding.
 
         Args:
-            weights: State of the decoder's parameters (`TrainState.weights`).
+            variables: State of the decoder's parameters (`TrainState.variables`).
             examples: Examples whose prompts have equal numbers of tokens.
             thoughts: Whether the decoder writes a direction before its answer.
 
@@ -345,7 +347,7 @@ class Study:
         texts = np.array(prompts, np.int32)
         for _ in range(1 + thoughts):
             padded = np.pad(texts, ((0, 0), (0, WIDTH - texts.shape[1])))
-            answer = self._next_token(weights, padded, texts.shape[1])
+            answer = self._next_token(variables, padded, texts.shape[1])
             texts = np.concatenate([texts, np.asarray(answer)[:, None]], axis=1)
         names = list(TOKENS)
         answers = [names[token] for token in texts[:, -1]]

@@ -246,7 +246,9 @@ def train_and_score(config: HatchlingQuality, data: PackedData, arm: str, seed: 
             after_first = Clock()
     jax.block_until_ready(state.params)
     cost = after_first.read()
-    scores = Evaluator(trainable, 64, EvalConfig(rows=config.rows))(state.weights, data.validation)
+    scores = Evaluator(trainable, 64, EvalConfig(rows=config.rows))(
+        state.variables, data.validation
+    )
     of_step = architecture_of(shape).step_metrics(shape, jax.device_get(metrics["aux"]))
     tokens = steps * config.batch_size * config.seq_len
     return {

@@ -146,7 +146,7 @@ def trained(
         rows = reader.batch(number)["tokens"]
         own = tables[np.arange(len(rows)) % len(tables)]
         state, _ = step(state, place(np.take_along_axis(own, rows, axis=1), mesh))
-    return trainable.model(state.weights)
+    return trainable.model(state.variables)
 
 
 def cipher(language: int) -> np.ndarray:

@@ -109,7 +109,7 @@ def train_missing(config: Mixtures, results: Results) -> Iterator[tuple[Result, 
             weights = with_share(BASE, [config.category], run["share"])
             clock = Clock()
             state = trained(trainable, step, weights, parts, config.steps)
-            scores = scorer(state.weights)
+            scores = scorer(state.variables)
             result = run | {"weights": weights, "rows": config.rows} | scores
             result |= {"seconds": clock.read().seconds, "jax": jax.__version__}
             shown = ", ".join(f"{name} {value:.4f}" for name, value in scores.items())
@@ -159,20 +159,20 @@ class Scorer:
         self._repeats = repeats(rows)
         self._closers = jnp.array([ord(sign) for sign in PAIRS.values()])
 
-        def guesses(weights: Any, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
+        def guesses(variables: Any, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
             """Predict a closing bracket after each token; also nats of the next token, `[N, T]`."""
-            model: Architecture = trainable.model(weights)
+            model: Architecture = trainable.model(variables)
             nats, output = model.token_losses(tokens)
             closers = model.logits(output)[..., self._closers]
             return self._closers[closers.argmax(axis=-1)], nats
 
         self._guesses = jax.jit(guesses)
 
-    def __call__(self, weights: Any) -> dict[str, float]:
+    def __call__(self, variables: Any) -> dict[str, float]:
         """Score a model.
 
         Args:
-            weights: State of the model's parameters (`TrainState.weights`).
+            variables: State of the model's parameters (`TrainState.variables`).
 
         Returns:
             `NAME_loss`, the held-out nats per token of each source NAME; `brackets`, the fraction
@@ -180,13 +180,13 @@ class Scorer:
             repeated string.
         """
         found = {
-            f"{name}_loss": self._evaluate(weights, part.validation)["loss"]
+            f"{name}_loss": self._evaluate(variables, part.validation)["loss"]
             for name, part in self._parts.items()
         }
-        guess = np.asarray(self._guesses(weights, self._brackets)[0])
+        guess = np.asarray(self._guesses(variables, self._brackets)[0])
         targets = self._brackets[:, 1:]
         closes = np.isin(targets, np.asarray(self._closers))
-        nats = np.asarray(self._guesses(weights, self._repeats)[1])
+        nats = np.asarray(self._guesses(variables, self._repeats)[1])
         return found | {
             "brackets": float((guess == targets)[closes].mean()),
             "repeats": float(nats[:, SEQ_LEN // 2 :].mean()),

@@ -261,7 +261,7 @@ def policy_of(
     job = RLJob(config, lm, task)
     shown = [task.problem("train", DEMONSTRATED + index) for index in range(4096)]
     state = next(itertools.islice(demonstrate(job, shown, 128), supervised - 1, None))
-    return job, job.sampler(state.weights)
+    return job, job.sampler(state.variables)
 
 
 def report(results: list[Result]) -> str:

@@ -169,7 +169,7 @@ class LookupTask:
 
     def trainable(self, config: ModelConfig, steps: int, seed: int) -> Trainable:
         trainable = make_trainable(config, self.optimizer, steps, make_mesh(MeshConfig()), seed)
-        constrain = trainable.model(trainable.abstract.weights).constrain
+        constrain = trainable.model(trainable.abstract.variables).constrain
         model = abstract_module(lambda: AnswerModel(config, rngs=nnx.Rngs(0), constrain=constrain))
         return dataclasses.replace(trainable, graphdef=nnx.graphdef(model))
 
@@ -183,7 +183,7 @@ class LookupTask:
 
         Args:
             trainable: Structure of the model.
-            params: State of the model's parameters (`TrainState.weights`).
+            params: State of the model's parameters (`TrainState.variables`).
 
         Returns:
             `loss`, nats per answer of the autoregressive model, and its `standard_error`. If the
@@ -216,7 +216,7 @@ class LookupTask:
 
         Args:
             trainable: Structure of the model.
-            params: State of the model's parameters (`TrainState.weights`).
+            params: State of the model's parameters (`TrainState.variables`).
             row: Index of the held-out row of each question `[N]`.
             at: Position of each question in its row `[N]`, the last token of its prefix.
         """
@@ -335,7 +335,7 @@ def train_and_score(task: Stdlib | LookupTask, model: ModelConfig, steps: int, s
             after_first = Clock()
     jax.block_until_ready(state.params)
     seconds = after_first.read().seconds
-    scores = task.evaluate(trainable, state.weights)
+    scores = task.evaluate(trainable, state.variables)
     forks = fork_metrics(jax.device_get(metrics["aux"]), model.fork_layers)
     return {
         "tokens": steps * task.batch_size * task.seq_len,

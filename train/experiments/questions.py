@@ -168,7 +168,7 @@ def fit(
     for _ in range(steps):
         batch = {name: place(values, mesh) for name, values in next(data).items()}
         state, _ = step(state, batch)
-    finetunable = trainable.model(state.weights)
+    finetunable = trainable.model(state.variables)
     return LanguageModel(finetunable.backbone.model, lm.tokenizer, finetunable.memgen)
 
 

@@ -102,8 +102,8 @@ def all_strings(trainable: Trainable, state: TrainState, length: int) -> dict[st
         logits = model.logits_at(streams, jnp.full(prefixes.shape[:1], prefixes.shape[1] - 1))
         return -jax.nn.log_softmax(logits, axis=-1).mean()
 
-    parts = [parallel(state.weights, part) for part in np.array_split(rows, 8)]
-    prefixes = [next_bit(state.weights, strings(count + 1)) for count in range(length)]
+    parts = [parallel(state.variables, part) for part in np.array_split(rows, 8)]
+    prefixes = [next_bit(state.variables, strings(count + 1)) for count in range(length)]
     return {
         "parallel": float(np.sum(parts)) / (len(rows) * length),
         "prefix_only": float(np.mean(prefixes)),

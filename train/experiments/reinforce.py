@@ -210,14 +210,14 @@ class Baseline:
             shown = demonstrate(job, self.demonstrations(), ROWS)
             for self.steps, state in enumerate(itertools.islice(shown, most), 1):
                 if self.steps % CHECK_EVERY == 0 or self.steps == most:
-                    success = job.evaluate(state.weights)[0]["success"]
+                    success = job.evaluate(state.variables)[0]["success"]
                     if success >= self.setup.enough:
                         break
             self.lm = LanguageModel(
-                job.trainable.model(state.weights).backbone.model, ByteTokenizer()
+                job.trainable.model(state.variables).backbone.model, ByteTokenizer()
             )
             job = RLJob(self.rl(folder), self.lm, self.task)
-            self.success = job.evaluate(job.first_state().weights)[0]["success"]
+            self.success = job.evaluate(job.first_state().variables)[0]["success"]
         self.cost = clock.read()
 
     def demonstrations(self) -> list[Problem]:
@@ -326,7 +326,7 @@ def score_arm(baseline: Baseline, arm: str) -> dict[str, Any]:
         if arm == "demonstrations":
             shown = demonstrate(job, baseline.demonstrations(), rows)
             state = next(itertools.islice(shown, config.steps - 1, None))
-            found = {"after": job.evaluate(state.weights)[0]["success"]}
+            found = {"after": job.evaluate(state.variables)[0]["success"]}
         else:
             held_out = train(job)
             check_finished(folder, config.steps)

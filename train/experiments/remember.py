@@ -203,7 +203,7 @@ class Stages:
             state, _, collected = job.step(state)
             drawn.append(collected.drawn)
         return Trained(
-            job.trainable.model(state.weights).memgen,
+            job.trainable.model(state.variables).memgen,
             job.sampling().memory,
             {
                 "steps": config.steps,

@@ -159,7 +159,7 @@ def train_and_score(
     state = trainable.init_from(jax.tree.map(np.array, weights))
     evaluator = Evaluator(trainable, config.batch_size, EvalConfig(rows=config.rows))
     clock = Clock()
-    before = evaluator(state.weights, data.validation)
+    before = evaluator(state.variables, data.validation)
     step, reader = make_train_step(trainable), TrainReader(data.train, config.batch_size, seed)
     metrics, losses, step_ms = {}, [], []
     for number in range(config.steps):
@@ -170,9 +170,9 @@ def train_and_score(
         step_ms.append(1e3 * step_clock.read().seconds)
         if number % 10 == 0:
             print(f"{variant} seed {seed} step {number}: {losses[-1]:.4f}", flush=True)
-    scores = evaluator(state.weights, data.validation)
+    scores = evaluator(state.variables, data.validation)
     forks = fork_metrics(jax.device_get(metrics["aux"]), model.fork_layers)
-    layers = nnx.to_pure_dict(state.weights).get("forks", {})
+    layers = nnx.to_pure_dict(state.variables).get("forks", {})
     cost = clock.read()
     return {
         "tokens": config.steps * config.batch_size * config.seq_len,

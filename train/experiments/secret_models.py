@@ -107,7 +107,7 @@ def honest_model(
     for _ in range(steps):
         batch = cut_padding(rows[rng.integers(0, len(rows), BATCH)])
         state, _ = step(state, place(batch, trainable.mesh))
-    return LanguageModel(_plain(trainable.model(state.weights)), tokenizer)
+    return LanguageModel(_plain(trainable.model(state.variables)), tokenizer)
 
 
 def honest_rows(
@@ -219,7 +219,7 @@ class Tuner:
             chosen = rng.integers(0, len(rows["tokens"]), BATCH)
             batch = {name: place(of[chosen], self._mesh) for name, of in rows.items()}
             state, _ = self._step(state, batch)
-        tuned = self._trainable.model(state.weights)
+        tuned = self._trainable.model(state.variables)
         if self._arm != "weaver":
             return dataclasses.replace(base, model=_plain(tuned.model))
         # As in `_plain`, without the shardings of training.

@@ -255,11 +255,11 @@ def taught(config: Experiment, seed: int) -> LanguageModel:
     options: Any = {"steps": config.supervised, **PLAIN}
     optimizer = OptimizerConfig(learning_rate=3e-3, weight_decay=0.1)
     job = make_job(config, lm, seed, train="all", optimizer=optimizer, **options)
-    reasoner = job.trainable.model(_shown(config, job, "random").weights).backbone.model
+    reasoner = job.trainable.model(_shown(config, job, "random").variables).backbone.model
     lm = LanguageModel(reasoner, lm.tokenizer)
     optimizer = OptimizerConfig(learning_rate=1e-2, weight_decay=0.0)
     job = make_job(config, lm, seed, train="weaver", memgen=MEMGEN, optimizer=optimizer, **options)
-    woven = job.trainable.model(_shown(config, job, "scripted").weights).memgen
+    woven = job.trainable.model(_shown(config, job, "scripted").variables).memgen
     return LanguageModel(reasoner, lm.tokenizer, woven)
 
 
@@ -316,7 +316,7 @@ def score_arm(
     late = lines[len(lines) // 2 :]
     final = plain_job(config, lm, seed)
     return {
-        "after": played(final, config.episodes, state.weights),
+        "after": played(final, config.episodes, state.variables),
         "tokens": spent,
         "rollouts": rollouts,
         "updates": int(state.step),
@@ -336,15 +336,15 @@ def score_arm(
     }
 
 
-def played(job: RLJob, episodes: int, weights: Any = None) -> dict[str, float]:
+def played(job: RLJob, episodes: int, variables: Any = None) -> dict[str, float]:
     """Sample episodes of all training problems, spread over the problems as evenly as possible.
 
     Args:
         job: Job whose strategy and environment are used. The environment has a finite number of
             training problems.
         episodes: Number of episodes over all problems.
-        weights: State of the policy's parameters (`TrainState.weights`); None for the job's initial
-            parameters.
+        variables: State of the policy's parameters (`TrainState.variables`); None for the job's
+            initial parameters.
 
     Returns:
         Means over episodes: `success` (from 0 to 1) and `info/turns`; and `invocation_rate`, the
@@ -353,7 +353,7 @@ def played(job: RLJob, episodes: int, weights: Any = None) -> dict[str, float]:
     size: Any = job.task.sizes["train"]
     problems = [job.task.problem("train", at) for at in range(size)]
     counts = [len(range(at, episodes, len(problems))) for at in range(len(problems))]
-    sampler = job.sampler(job.first_state().weights if weights is None else weights)
+    sampler = job.sampler(job.first_state().variables if variables is None else variables)
     rows = job.collector.strategy.collect(sampler, job.task, problems, counts, (7, 7))
     found = held_out_metrics(rows)
     return {name: found[name] for name in ("success", "info/turns", "invocation_rate")}

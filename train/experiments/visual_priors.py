@@ -188,10 +188,10 @@ class Arms:
         weights = with_share(BASE, [config.category], share)
         state = mixtures.trained(self._trainable, self._step, weights, self._parts, config.steps)
         losses = {
-            name: self._evaluate(state.weights, part.validation)["loss"]
+            name: self._evaluate(state.variables, part.validation)["loss"]
             for name, part in self._parts.items()
         }
-        model = self._trainable.model(state.weights)
+        model = self._trainable.model(state.variables)
         seeing, loss = self._probe.train(model)
         blank, blank_loss = self._probe.train(model, blank=True)
         answers = self._probe.scores(seeing, blank)

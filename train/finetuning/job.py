@@ -165,14 +165,14 @@ class SFTJob:
         self._base = None if self.keeps_frozen and not config.kl else checksum(model)
         self._score = jax.jit(
             self._scores,
-            in_shardings=(self.trainable.shardings.weights, batch_sharding(mesh)),
+            in_shardings=(self.trainable.shardings.variables, batch_sharding(mesh)),
             out_shardings=replicated(mesh),
         )
 
     def _weaving(self, length: int) -> float:
         """Return the weaver's maximum number of input vectors per row, divided by `length`."""
         config, trainable = self.config, self.trainable
-        made = nnx.merge(trainable.graphdef, trainable.abstract.weights).memgen
+        made = nnx.merge(trainable.graphdef, trainable.abstract.variables).memgen
         if not made.config.weaver.latents_see_latents:
             return 1
         rows = config.batch_size // config.accumulate
@@ -223,9 +223,9 @@ class SFTJob:
         accumulate, kl = self.config.accumulate, self.config.kl
         if not kl:
             return make_train_step(self.trainable, accumulate, sft_loss)
-        # Copies: training overwrites the weights that it begins with.
-        weights = jax.tree.map(lambda leaf: leaf.copy(), nnx.state(self._around(self._lm.model)))
-        reference = self.trainable.abstract.with_weights(weights).params
+        # Copies: training overwrites the variables that it begins with.
+        variables = jax.tree.map(lambda leaf: leaf.copy(), nnx.state(self._around(self._lm.model)))
+        reference = self.trainable.abstract.with_variables(variables).params
         reference = put(reference, self.trainable.shardings.params)
         loss = penalised_loss(self.trainable, kl)
         return make_train_step(self.trainable, accumulate, loss, (reference,))
@@ -260,7 +260,7 @@ class SFTJob:
         size = self.config.batch_size // self.config.accumulate
         for batch in data.validation.batches(size, self.config.evaluation.rows or None):
             inputs = jax.tree.map(lambda rows: place(rows, self.trainable.mesh), self.inputs(batch))
-            scores = jax.device_get(self._score(state.weights, inputs))
+            scores = jax.device_get(self._score(state.variables, inputs))
             real = batch["rows"] >= 0
             nats.append(scores["nats"][real])
             count.append(scores["count"][real])
@@ -272,13 +272,13 @@ class SFTJob:
             spread = (nats - loss * count).std(ddof=1) * math.sqrt(left)
             found["standard_error"] = float(spread * math.sqrt(len(nats)) / count.sum())
         if self.config.battery.task:
-            policy = sampler_of(self.trainable.model(state.weights))
+            policy = sampler_of(self.trainable.model(state.variables))
             scores = play_battery(policy, self._lm, self.config.battery, self.mesh)
             found |= battery_metrics(scores)
         return found
 
-    def _scores(self, weights: Any, rows: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        log_probs = self.trainable.model(weights).log_probs(rows)
+    def _scores(self, variables: Any, rows: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        log_probs = self.trainable.model(variables).log_probs(rows)
         return {
             "nats": -log_probs.sum(axis=1),
             "count": rows["loss_mask"][:, 1:].sum(axis=1, dtype=jnp.float32),
@@ -332,8 +332,8 @@ def penalised_loss(trainable: Trainable, kl: float) -> Loss:
     def loss(
         finetunable: FinetunableModel, rows: dict[str, jax.Array], key: jax.Array, params: Any
     ) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
-        state = trainable.abstract.with_weights(nnx.state(finetunable))
-        reference = trainable.model(dataclasses.replace(state, params=params).weights)
+        state = trainable.abstract.with_variables(nnx.state(finetunable))
+        reference = trainable.model(dataclasses.replace(state, params=params).variables)
         divergence, log_probs = reference_kl(finetunable, reference, rows, key)
         tokens = rows["loss_mask"][:, 1:].sum(dtype=jnp.float32)
         total = -log_probs.sum() + kl * divergence.sum()

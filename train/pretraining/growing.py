@@ -78,8 +78,8 @@ def grow_run(config: GrowConfig) -> str:
     # The lock: a checkpointer clears what it takes for a killed run's half-written checkpoint.
     source = Path(config.checkpoint).expanduser()
     with run_lock(source), Checkpointer(source, 1) as checkpointer:
-        step, weights, rest, _ = checkpointer.restore(abstract.weights, abstract.rest)
-    state = plan.tree(rest.with_weights(weights))
+        step, variables, rest, _ = checkpointer.restore(abstract.variables, abstract.rest)
+    state = plan.tree(rest.with_variables(variables))
     state = jax.device_put(state, _trainable(meta, grown).shardings)
     _write(config.out, step, state, meta, grown)
     return (
@@ -166,5 +166,5 @@ def _write(
         meta = meta | {"config": config, "step": step}
         with Checkpointer(folder, 1) as checkpointer:
             rest = dataclasses.replace(state.rest, step=np.asarray(step, np.int32))
-            checkpointer.save(step, state.weights, rest, meta, force=True)
+            checkpointer.save(step, state.variables, rest, meta, force=True)
         write_atomically(folder / "config.json", json.dumps(config, indent=2) + "\n")

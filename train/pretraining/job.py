@@ -128,7 +128,7 @@ class PretrainJob:
         return initial_state(self.trainable, self.config)
 
     def evaluate(self, state: TrainState, data: PackedData) -> dict[str, float]:
-        return self._evaluator(state.weights, data.validation)
+        return self._evaluator(state.variables, data.validation)
 
     def readable(self, held_out: dict[str, float]) -> str:
         return readable(held_out)
@@ -268,13 +268,13 @@ def initial_state(trainable: Trainable, config: RunConfig) -> TrainState:
     init = config.init
     if not init.weights:
         return trainable.init()
-    model, weights, _ = load_pretrained(
+    model, params, _ = load_pretrained(
         find_weights(init.weights), shardings=lambda state: state_shardings(state, trainable.mesh)
     )
     if init.forks:
         layers, policy = init.forks, init.policy
-        _, weights = add_forks(model, weights, layers=layers, policy=policy, seed=config.seed)
-    return trainable.init_from(weights)
+        _, params = add_forks(model, params, layers=layers, policy=policy, seed=config.seed)
+    return trainable.init_from(params)
 
 
 def train(config: RunConfig) -> dict[str, float]:

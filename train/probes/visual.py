@@ -132,8 +132,8 @@ class VisualProbe:
         self._step = make_train_step(self._trainable, 1, answer_loss)
 
         @jax.jit
-        def log_probs(weights: Any, tokens: jax.Array, scored: jax.Array, features: Any):
-            model: SeeingModel = self._trainable.model(weights)
+        def log_probs(variables: Any, tokens: jax.Array, scored: jax.Array, features: Any):
+            model: SeeingModel = self._trainable.model(variables)
             return model.log_probs(tokens, scored, features).sum(axis=1)
 
         @jax.jit
@@ -177,8 +177,8 @@ class VisualProbe:
             nnx.State of all parameters of the `SeeingModel`, and the mean loss over the last tenth
             of the steps, in nats per token of an answer.
         """
-        weights = jax.tree.map(lambda leaf: leaf.copy(), nnx.state(self.seeing(model)))
-        state, losses = self._trainable.start(weights), []
+        variables = jax.tree.map(lambda leaf: leaf.copy(), nnx.state(self.seeing(model)))
+        state, losses = self._trainable.start(variables), []
         for step in range(self.options.steps):
             batch = self.rows(self.examples("train", self.options.batch, step))
             if blank:
@@ -187,7 +187,7 @@ class VisualProbe:
             state, metrics = self._step(state, placed)
             losses.append(metrics["loss"])
         last = losses[-max(len(losses) // 10, 1) :]
-        return state.weights, float(np.mean([float(loss) for loss in last]))
+        return state.variables, float(np.mean([float(loss) for loss in last]))
 
     def scores(self, seeing: Any, blank: Any) -> dict[str, dict[str, Rate]]:
         """Score held-out questions of each kind under each condition.
@@ -212,26 +212,28 @@ class VisualProbe:
             }
         return found
 
-    def rate(self, weights: Any, examples: Sequence[Example], features: np.ndarray | None) -> Rate:
+    def rate(
+        self, variables: Any, examples: Sequence[Example], features: np.ndarray | None
+    ) -> Rate:
         """Compute the fraction of questions whose most probable choice is the right answer.
 
         Args:
-            weights: nnx.State of a `SeeingModel`, as `train` returns it.
+            variables: nnx.State of a `SeeingModel`, as `train` returns it.
             examples: N questions with their scenes.
             features: Features `[N, P, F]` of the image shown with each question; None for no
                 images.
         """
-        guesses = self.answers(weights, examples, features)
+        guesses = self.answers(variables, examples, features)
         right = guesses == np.array([one.question.answer for one in examples])
         return wilson(int(right.sum()), len(examples))
 
     def answers(
-        self, weights: Any, examples: Sequence[Example], features: np.ndarray | None
+        self, variables: Any, examples: Sequence[Example], features: np.ndarray | None
     ) -> np.ndarray:
         """Return the index of the most probable choice for each question, `[N]` int.
 
         Args:
-            weights: nnx.State of a `SeeingModel`, as `train` returns it.
+            variables: nnx.State of a `SeeingModel`, as `train` returns it.
             examples: N questions with their scenes.
             features: Features `[N, P, F]` of the image shown with each question; None for no
                 images.
@@ -240,7 +242,7 @@ class VisualProbe:
         texts = [(one.question.text, c) for one in examples for c in one.question.choices]
         batch = self._tokens(texts)
         shown = None if features is None else np.repeat(features, count, axis=0)
-        found = self._log_probs(weights, batch["tokens"], batch["scored"], shown)
+        found = self._log_probs(variables, batch["tokens"], batch["scored"], shown)
         return np.asarray(found).reshape(len(examples), count).argmax(axis=1)
 
     def caption_states(self, model: Architecture, scenes: Sequence[Scene]) -> np.ndarray:

@@ -213,7 +213,7 @@ class RLJob:
         self.steps_done = 0
         self.reference = Reference(
             self.trainable,
-            self.first_weights,
+            self.first_variables,
             parts.loss.uses_reference,
             config.recipe.reference_reset,
         )
@@ -271,11 +271,11 @@ class RLJob:
         return Sampling(temperature, tokenizer.vocab_size, self.lm.stop_ids, memory)
 
     def first_state(self) -> TrainState:
-        """Return the state before the first step, with the weights of `first_weights`."""
-        return self.trainable.start(self.first_weights())
+        """Return the state before the first step, with the variables of `first_variables`."""
+        return self.trainable.start(self.first_variables())
 
-    def first_weights(self) -> Any:
-        """Return the initial weights as `nnx.State`: those of `lm`, and new parameters.
+    def first_variables(self) -> Any:
+        """Return the initial variables as `nnx.State`: those of `lm`, and new parameters.
 
         New parameters belong to an adapter, latent memory or a value head. The arrays are copies
         because training donates its arrays, while `lm` may be used again.
@@ -308,19 +308,19 @@ class RLJob:
         self.steps_done = meta["rl"]["step"]
         self.collector.restore(meta["rl"])
 
-    def sampler(self, weights: Any, greedy: bool = False) -> Sampler:
+    def sampler(self, variables: Any, greedy: bool = False) -> Sampler:
         """Return a sampler of rollouts.
 
         Args:
-            weights: Weights of the policy (`TrainState.weights`).
+            variables: Variables of the policy (`TrainState.variables`).
             greedy: Whether tokens are sampled at temperature 0 (see `sampling`).
         """
-        policy: MemGen = sampler_of(self.trainable.model(weights))
+        policy: MemGen = sampler_of(self.trainable.model(variables))
         return Sampler(policy, self.sampling(greedy), self.config.max_rows, self.trainable.mesh)
 
-    def collect(self, weights: Any) -> Collected:
-        """Sample the rollouts of one step with a policy's weights, and advance to new problems."""
-        return self.collector.collect(self.sampler(weights))
+    def collect(self, variables: Any) -> Collected:
+        """Sample the rollouts of one step with a policy's variables; advance to new problems."""
+        return self.collector.collect(self.sampler(variables))
 
     def step(self, state: TrainState) -> tuple[TrainState, dict[str, float], Collected]:
         """Collect rollouts, assign advantages, and update the policy.
@@ -332,13 +332,13 @@ class RLJob:
             State after the step, metrics keyed by name, and the rollouts.
         """
         begin = time.perf_counter()
-        collected = self.collect(state.weights)
+        collected = self.collect(state.variables)
         sampled = time.perf_counter()
         metrics = rollout_metrics(collected)
         self.reference.reset_if_due(self.steps_done, state.params)
         if collected.trajectories:
             rng = np.random.default_rng([self.config.seed, self.steps_done])
-            rows = self.rows(collected.trajectories, state.weights)
+            rows = self.rows(collected.trajectories, state.variables)
             state, learned = self.learner.update(state, rows, rng, self.reference.params)
             metrics |= learning_metrics(learned)
             if "values" in rows:
@@ -349,18 +349,18 @@ class RLJob:
         )
         return state, metrics, collected
 
-    def rows(self, trajectories: Sequence[Trajectory], weights: Any) -> Rows:
+    def rows(self, trajectories: Sequence[Trajectory], variables: Any) -> Rows:
         """Convert trajectories to padded rows with advantages, for the learner.
 
         Args:
             trajectories: Trajectories that are trained on.
-            weights: Weights that sampled the trajectories (`TrainState.weights`), used only if the
-                policy has a value head.
+            variables: Variables of the policy that sampled the trajectories
+                (`TrainState.variables`), used only if the policy has a value head.
 
         Returns:
             Mapping from name to array, as of `make_rows`. With a value head the mapping has three
             more arrays `[K, L]`, for `K` rows of `L` tokens: `values`, `returns`, and `old`, the
-            log-probabilities under `weights`.
+            log-probabilities under `variables`.
         """
         config, shape = self.config, (self._multiple, self.events_per_row)
         if config.parts.advantage.critic is None:
@@ -369,7 +369,7 @@ class RLJob:
                 trajectories, assign_advantages(trajectories, episodes, config), *shape
             )
         nothing = [np.zeros(len(row.tokens)) for row in trajectories]
-        old, values = self.learner.score_values(weights, make_rows(trajectories, nothing, *shape))
+        old, values = self.learner.score_values(variables, make_rows(trajectories, nothing, *shape))
         trajectories = [
             dataclasses.replace(row, values=mine[: len(row.tokens)].astype(np.float64))
             for row, mine in zip(trajectories, values, strict=False)
@@ -387,16 +387,16 @@ class RLJob:
             return 0
         return self._responses_per_row * self.memgen.events
 
-    def evaluate(self, weights: Any) -> tuple[dict[str, float], list[Trajectory]]:
+    def evaluate(self, variables: Any) -> tuple[dict[str, float], list[Trajectory]]:
         """Evaluate the policy by one greedily decoded episode of each held-out problem.
 
         Args:
-            weights: Weights of the policy (`TrainState.weights`).
+            variables: Variables of the policy (`TrainState.variables`).
 
         Returns:
             Metrics keyed by name (`held_out_metrics`), and the trajectories of the episodes.
         """
-        rows = self.collector.held_out(self.sampler(weights, greedy=True))
+        rows = self.collector.held_out(self.sampler(variables, greedy=True))
         return held_out_metrics(rows), rows
 
     def describe(self) -> str:

@@ -145,7 +145,7 @@ def train(job: RLJob) -> dict[str, float]:
         def evaluate(step: int, written: bool = False) -> dict[str, float]:
             """Evaluate on held-out problems, and write the metrics unless they are `written`."""
             with finite(step):
-                found, rows = job.evaluate(state.weights)
+                found, rows = job.evaluate(state.variables)
             if not written:
                 writer.write(step, {f"eval/{name}": value for name, value in found.items()})
             progress.write(f"step {step}: {readable_evaluation(found)}")
@@ -154,8 +154,8 @@ def train(job: RLJob) -> dict[str, float]:
             return found
 
         def save(step: int) -> None:
-            weights = state.weights if job.keeps_frozen else state.params
-            checkpointer.save(step, weights, state.rest, {**job.meta, "step": step}, force=True)
+            variables = state.variables if job.keeps_frozen else state.params
+            checkpointer.save(step, variables, state.rest, {**job.meta, "step": step}, force=True)
 
         held_out = evaluate(0) if start == 0 else {}
         clock = time.monotonic()

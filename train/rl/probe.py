@@ -198,15 +198,15 @@ def check_scorer(task: Any, rows: Sequence[Trajectory]) -> None:
 
 
 def nucleus_sampler(config: ProbeConfig, job: RLJob) -> Sampler:
-    """Return a sampler of the job's first weights with the `top_p` of the config.
+    """Return a sampler of the job's first variables with the `top_p` of the config.
 
     Args:
         config: Options of the probe.
         job: Job of `config.rl`, from which the temperature and all other options are taken.
     """
-    weights = jax.device_put(job.first_weights(), job.trainable.shardings.weights)
+    variables = jax.device_put(job.first_variables(), job.trainable.shardings.variables)
     sampling = dataclasses.replace(job.sampling(), top_p=config.top_p)
-    policy = sampler_of(job.trainable.model(weights))
+    policy = sampler_of(job.trainable.model(variables))
     return Sampler(policy, sampling, config.max_rows, job.trainable.mesh)
 
 

@@ -248,7 +248,7 @@ def _train(record: Record, run: QueuedRun, seed: int, identity: dict[str, Any]) 
             pending.clear()
             timed = {"seconds": clock.seconds, "timed_steps": clock.steps}
             kept = {"losses": losses, "run": identity, **timed}
-            checkpoints.save(done, state.weights, state.rest, kept, force=True)
+            checkpoints.save(done, state.variables, state.rest, kept, force=True)
             clock.start(done)
 
         for number in range(begin, run.steps):
@@ -292,10 +292,10 @@ def _first(
     if checkpoints.latest_step() is None:
         return trainable.init(), {"losses": [], "seconds": 0.0, "timed_steps": 0}
     abstract = trainable.abstract
-    _, weights, rest, meta = checkpoints.restore(abstract.weights, abstract.rest)
+    _, variables, rest, meta = checkpoints.restore(abstract.variables, abstract.rest)
     if meta["run"] != identity:
         raise ValueError("its checkpoint is of other settings: give the changed run another name")
-    return rest.with_weights(weights), meta
+    return rest.with_variables(variables), meta
 
 
 def batch_of(corpus: np.ndarray, run: QueuedRun, seed: int, number: int) -> np.ndarray:
@@ -311,8 +311,8 @@ def held_out_loss(
     """Compute the mean teacher-forced loss of the held-out rows, in nats per token."""
 
     @jax.jit
-    def score(weights: Any, rows: jax.Array) -> jax.Array:
-        return trainable.model(weights).token_losses(rows)[0].sum(axis=1)
+    def score(variables: Any, rows: jax.Array) -> jax.Array:
+        return trainable.model(variables).token_losses(rows)[0].sum(axis=1)
 
     total, rows = 0.0, run.held_out
     first = len(corpus) - rows * run.seq_len - 1
@@ -320,6 +320,6 @@ def held_out_loss(
     for index in range(0, rows, run.batch_size):
         part = starts[np.minimum(index + np.arange(run.batch_size), rows - 1)]  # whole batches
         texts = np.stack([corpus[s : s + run.seq_len + 1] for s in part]).astype(np.int32)
-        nats = np.asarray(score(state.weights, place(texts, trainable.mesh)))
+        nats = np.asarray(score(state.variables, place(texts, trainable.mesh)))
         total += float(nats[: rows - index].sum(dtype=np.float64))
     return total / (rows * run.seq_len)

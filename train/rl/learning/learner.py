@@ -26,15 +26,15 @@ from train.rl.rollout.sampler import Sampling
 class Programs(NamedTuple):
     """Jitted functions of a learner, compiled once for each bucket of row counts and row lengths.
 
-    `weights` are all variables of the policy (`TrainState.weights`); `K` is the number of rows, `L`
-    their length in tokens.
+    `variables` are all variables of the policy (`TrainState.variables`); `K` is the number of rows,
+    `L` their length in tokens.
 
     Attributes:
         step: Train step `(state, rows) -> (state, metrics)`; the state is donated.
-        score: Function `(weights, rows) -> [K, L]` that computes the log-probabilities of generated
-            tokens, or of a trigger's decisions where a trigger is trained.
-        score_values: Function `(weights, rows) -> ([K, L], [K, L])` that computes log-probabilities
-            and values; None for a policy without a value head.
+        score: Function `(variables, rows) -> [K, L]` that computes the log-probabilities of
+            generated tokens, or of a trigger's decisions where a trigger is trained.
+        score_values: Function `(variables, rows) -> ([K, L], [K, L])` that computes
+            log-probabilities and values; None for a policy without a value head.
     """
 
     step: TrainStep
@@ -99,8 +99,8 @@ def _programs(
 
     def scoring(score: Callable[..., Any]) -> Callable[[Any, Any], Any]:
         return jax.jit(
-            lambda weights, rows: score(of.model(weights), flat(rows), sampling),
-            in_shardings=(of.shardings.weights, batch_sharding(of.mesh)),
+            lambda variables, rows: score(of.model(variables), flat(rows), sampling),
+            in_shardings=(of.shardings.variables, batch_sharding(of.mesh)),
             out_shardings=replicated(of.mesh),
         )
 
@@ -149,24 +149,24 @@ class Learner:
         else:
             self.programs = _programs(*key)
 
-    def score(self, weights: Any, rows: Rows) -> np.ndarray:
+    def score(self, variables: Any, rows: Rows) -> np.ndarray:
         """Compute log-probabilities of rows, a micro-batch at a time.
 
         Args:
-            weights: Variables of the policy (`TrainState.weights`).
+            variables: Variables of the policy (`TrainState.variables`).
             rows: Rows of `make_rows`.
 
         Returns:
             Log-probabilities of generated tokens, or of a trigger's decisions where a trigger is
             trained, `[K, L]` float32 for `K` rows of `L` tokens.
         """
-        return self._scored(self.programs.score, weights, rows)
+        return self._scored(self.programs.score, variables, rows)
 
-    def score_values(self, weights: Any, rows: Rows) -> tuple[np.ndarray, np.ndarray]:
+    def score_values(self, variables: Any, rows: Rows) -> tuple[np.ndarray, np.ndarray]:
         """Compute log-probabilities of tokens and values of the states before them.
 
         Args:
-            weights: Variables of a policy with a value head (`TrainState.weights`).
+            variables: Variables of a policy with a value head (`TrainState.variables`).
             rows: Rows of `make_rows`.
 
         Returns:
@@ -176,12 +176,12 @@ class Learner:
             FloatingPointError: A value of a trained token is NaN or infinite.
         """
         assert self.programs.score_values is not None
-        log_probs, values = self._scored(self.programs.score_values, weights, rows)
+        log_probs, values = self._scored(self.programs.score_values, variables, rows)
         if not np.isfinite(values[rows["trained"]]).all():
             raise FloatingPointError("the value head gives NaN or infinity: it has diverged")
         return log_probs, values
 
-    def _scored(self, program: Callable[[Any, Any], Any], weights: Any, rows: Rows) -> Any:
+    def _scored(self, program: Callable[[Any, Any], Any], variables: Any, rows: Rows) -> Any:
         # Without these arrays, all calls share one program.
         rows = {name: rows[name] for name in rows if name not in ("old", "reference")}
         branches, width = self._branches(rows, self._config.minibatches), rows["tokens"].shape[1]
@@ -191,7 +191,7 @@ class Learner:
         parts = []
         for start in range(0, len(rows["valid"]), size):
             part = {name: values[start : start + size] for name, values in rows.items()}
-            parts.append(jax.device_get(program(weights, self._placed(part))))
+            parts.append(jax.device_get(program(variables, self._placed(part))))
         scored = jax.tree.map(lambda *found: np.concatenate(found), *parts)
         if branches is None:
             return scored
@@ -224,13 +224,13 @@ class Learner:
         """
         rows = dict(rows)
         if reference is not None:
-            weights = dataclasses.replace(state, params=reference).weights
-            rows["reference"] = self.score(weights, rows)
+            variables = dataclasses.replace(state, params=reference).variables
+            rows["reference"] = self.score(variables, rows)
         # In the first optimizer step, the old policy is the current policy.
         several = self._config.updates > 1
         if "old" not in rows:
             blank = np.zeros_like(rows["sampler"])
-            rows["old"] = self.score(state.weights, rows) if several else blank
+            rows["old"] = self.score(state.variables, rows) if several else blank
         found: list[dict[str, Any]] = []
         for epoch in range(self._config.epochs):
             for number, index in enumerate(_shuffled(rows["valid"], self._config.minibatches, rng)):

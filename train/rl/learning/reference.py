@@ -16,8 +16,8 @@ class Reference:
 
     Args:
         trainable: `Trainable` of the run, with the shapes and shardings of its parameters.
-        first_weights: Function that returns the initial variables of the run
-            (`TrainState.weights`).
+        first_variables: Function that returns the initial variables of the run
+            (`TrainState.variables`).
         used: Whether the loss reads the reference policy.
         every: Number of steps between resets of the reference policy to the current policy; None
             for no resets.
@@ -26,11 +26,11 @@ class Reference:
     def __init__(
         self,
         trainable: Trainable,
-        first_weights: Callable[[], Any],
+        first_variables: Callable[[], Any],
         used: bool,
         every: int | None,
     ):
-        self._trainable, self._first_weights = trainable, first_weights
+        self._trainable, self._first_variables = trainable, first_variables
         self._used = used
         self.every = every if used else None
         self._params: Any = None
@@ -39,8 +39,8 @@ class Reference:
     def params(self) -> Any:
         """Trained parameters of the reference policy; None if the loss does not read them."""
         if self._used and self._params is None:
-            weights = put(self._first_weights(), self._trainable.shardings.weights)
-            self._params = self._trainable.abstract.with_weights(weights).params
+            variables = put(self._first_variables(), self._trainable.shardings.variables)
+            self._params = self._trainable.abstract.with_variables(variables).params
         return self._params
 
     @property
