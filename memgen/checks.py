@@ -156,7 +156,7 @@ def checked_lengths(length: Any, tokens: jax.Array) -> Any:
     return length
 
 
-def check_stream_length(length: int, capacity: int) -> None:
+def check_woven_length(length: int, capacity: int) -> None:
     """Raise a ValueError if a row of `length` tokens and latents exceeds a session's capacity."""
     if length > capacity:
         raise ValueError(

@@ -17,8 +17,8 @@ from jax.core import Tracer
 
 from memgen.checks import check_rows, checked_ids, checked_lengths, on_host
 from memgen.delimiters import is_boundary
-from memgen.events import Decoders, Grouping, Loop, grouping_of, memory_event
-from memgen.insertion import Plan, assemble, check_replay, stream_length
+from memgen.events import Decoders, Loop, WeaverBatchSize, memory_event, weaver_batch_size_for
+from memgen.insertion import Plan, assemble, check_replay, woven_length
 from memgen.model import MemGen, check_memgen
 from memgen.placement import AnyArray, embed, placed_beside
 from memgen.request import (
@@ -228,9 +228,9 @@ def replay(
 @functools.partial(jax.jit, static_argnames=("max_tokens", "max_responses"))
 def _replay(memgen, tokens, length, plan, latents, keys, max_tokens, max_responses) -> Session:
     session = Session.start(memgen, placed_beside(keys, tokens), max_tokens, max_responses)
-    stream = assemble(embed(memgen.reasoner, tokens), latents, plan)
-    stream = stream[:, : session.capacity]  # later vectors are beyond every row's end
-    session = session.append(memgen, stream, stream_length(plan, length), fresh=True)
+    inputs_embeds = assemble(embed(memgen.reasoner, tokens), latents, plan)
+    inputs_embeds = inputs_embeds[:, : session.capacity]  # later vectors are beyond every row's end
+    session = session.append(memgen, inputs_embeds, woven_length(plan, length), fresh=True)
     zeros = jnp.zeros_like(length)
     return session.replace(tokens=put(session.tokens, tokens, zeros, length), count=length)
 
@@ -266,7 +266,7 @@ def respond(
     session: Session,
     request: Request,
     capacity: int,
-    grouping: Grouping | None = None,
+    weaver_batch_size: WeaverBatchSize | None = None,
 ) -> tuple[Response, Session]:
     """Generate a response in each row, with latent memory where the policy invokes the weaver.
 
@@ -279,8 +279,8 @@ def respond(
         request: Options of the response (`make_request`).
         capacity: Number of new tokens that the response's arrays hold (static); a smaller
             `request.max_new_tokens` ends the response earlier. 0 leaves all rows unchanged.
-        grouping: Rows that weave in one forward pass of the weaver, which decides the cost alone
-            (static); by default `grouping_of` chooses.
+        weaver_batch_size: Number of rows that weave in one forward pass of the weaver, which
+            decides the cost alone (static); by default `weaver_batch_size_for` chooses.
 
     Returns:
         The response, and the extended session.
@@ -289,11 +289,11 @@ def respond(
         ValueError: A row would exceed the session's capacity (under `jit` the row becomes NaN
             instead), the request's prefill has another number of rows, the session lacks the
             capacity for the snippets of the request's retriever, or the session's rows cannot be
-            grouped so.
+            split so.
     """
     check_session(memgen, session)
-    grouping = grouping or grouping_of(session)
-    grouping.check(session.tokens.shape[0])
+    weaver_batch_size = weaver_batch_size or weaver_batch_size_for(session)
+    weaver_batch_size.check(session.tokens.shape[0])
     if not isinstance(request, Request):
         raise ValueError(f"a {type(request).__name__} in place of a request: give make_request()")
     if request.prefill is not None:
@@ -308,7 +308,7 @@ def respond(
     if not isinstance(request.max_new_tokens, Tracer):
         new = np.minimum(capacity, on_host(request.max_new_tokens))
         check_capacity(session, new, _most_latents(memgen, request))
-    return _respond(memgen, session, request, capacity, grouping)
+    return _respond(memgen, session, request, capacity, weaver_batch_size)
 
 
 def _most_latents(memgen: MemGen, request: Request) -> Any:
@@ -323,8 +323,10 @@ def _most_latents(memgen: MemGen, request: Request) -> Any:
     return np.where(events < 0, config.max_latents, left)
 
 
-@functools.partial(jax.jit, static_argnames=("capacity", "grouping"), donate_argnames="session")
-def _respond(memgen, session, request, capacity, grouping) -> tuple[Response, Session]:
+@functools.partial(
+    jax.jit, static_argnames=("capacity", "weaver_batch_size"), donate_argnames="session"
+)
+def _respond(memgen, session, request, capacity, weaver_batch_size) -> tuple[Response, Session]:
     decoders = Decoders.prepare(memgen)
     limit = jnp.minimum(request.max_new_tokens, capacity)
 
@@ -332,7 +334,7 @@ def _respond(memgen, session, request, capacity, grouping) -> tuple[Response, Se
         return ~loop.done.all()
 
     def step(loop: Loop) -> Loop:
-        return _step(decoders, request, limit, loop, grouping)
+        return _step(decoders, request, limit, loop, weaver_batch_size)
 
     loop = jax.lax.while_loop(unfinished, step, _start(decoders, limit, request, session, capacity))
     return loop.response, loop.session
@@ -356,7 +358,11 @@ def _start(
 
 
 def _step(
-    decoders: Decoders, request: Request, limit: jax.Array, loop: Loop, grouping: Grouping
+    decoders: Decoders,
+    request: Request,
+    limit: jax.Array,
+    loop: Loop,
+    weaver_batch_size: WeaverBatchSize,
 ) -> Loop:
     """Weave in rows that invoke the weaver, then add a token to each row that does not wait."""
     memgen, most = decoders.memgen, decoders.memgen.config.max_inference_events
@@ -370,7 +376,7 @@ def _step(
         within = is_boundary(memgen.boundary[...], last, previous) & (loop.events < most)
         boundary = begins | within
     boundary &= ~loop.done & (loop.waiting == 0)
-    loop = memory_event(decoders, request, loop, boundary, begins, grouping)
+    loop = memory_event(decoders, request, loop, boundary, begins, weaver_batch_size)
     session, live = loop.session, ~loop.done & (loop.waiting == 0)
     given = _given(request, at)
     chosen, log_prob = _sample(memgen, request, session, session.step_keys(at)[0], given)

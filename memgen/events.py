@@ -25,19 +25,19 @@ PATIENCE = 8
 
 
 @dataclasses.dataclass(frozen=True)
-class Grouping:
-    """Size of a group of rows that weave in one forward pass: `shards * rows` rows.
+class WeaverBatchSize:
+    """Number of rows of one forward pass of the weaver: `shards * rows`, which weave together.
 
     Attributes:
         shards: Number of shards of the batch, which weave in parallel.
-        rows: Number of rows of each shard in a group. With 1, no row waits for other rows.
+        rows: Number of rows of each shard in a batch. With 1, no row waits for other rows.
     """
 
     shards: int = 1
     rows: int = 1
 
     def check(self, batch: int) -> None:
-        """Raise a ValueError unless a batch of this many rows can be grouped so."""
+        """Raise a ValueError unless `batch` rows of a session can be split so."""
         whole = self.shards * self.rows >= batch  # then the rows weave in one pass, in place
         if min(self.shards, self.rows) < 1 or (batch % self.shards and not whole):
             raise ValueError(
@@ -46,7 +46,7 @@ class Grouping:
             )
 
     def due(self, waiting: jax.Array, live: jax.Array) -> jax.Array:
-        """Return a bool scalar: whether a group of the waiting rows weaves in this step.
+        """Return a bool scalar: whether a batch of the waiting rows weaves in this step.
 
         Args:
             waiting: `[B]` int32, number of steps that each row has waited (`Loop.waiting`).
@@ -59,7 +59,7 @@ class Grouping:
         return (number > 0) & (enough | (waiting > PATIENCE).any())
 
 
-def grouping_of(session: Session) -> Grouping:
+def weaver_batch_size_for(session: Session) -> WeaverBatchSize:
     """Choose how many rows of a session weave in one forward pass of the weaver.
 
     On an accelerator, an eighth of each shard's rows weave together, because a forward pass over a
@@ -74,7 +74,7 @@ def grouping_of(session: Session) -> Grouping:
         (shard,) = count.sharding.shard_shape(count.shape)
         shards, platform = count.shape[0] // shard, next(iter(count.devices())).platform
     rows = 1 if platform == "cpu" else max(1, count.shape[0] // shards // 8)
-    return Grouping(shards, rows)
+    return WeaverBatchSize(shards, rows)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,7 +147,7 @@ def memory_event(
     loop: Loop,
     boundary: jax.Array,
     begins: jax.Array,
-    grouping: Grouping,
+    weaver_batch_size: WeaverBatchSize,
 ) -> Loop:
     """Let the trigger policy decide in rows at a boundary, then weave in waiting rows, if due.
 
@@ -157,7 +157,7 @@ def memory_event(
         loop: State of the loop before this step's decisions.
         boundary: `[B]` bool, True for rows in which the policy decides in this step.
         begins: `[B]` bool, True for rows before the first token of a response.
-        grouping: Size of a group of rows that weave together.
+        weaver_batch_size: Number of rows that weave together.
 
     Returns:
         State of the loop after this step's events. Rows that still wait generate no token.
@@ -171,7 +171,7 @@ def memory_event(
             return _decide(decoders, request, state[0], boundary, decision_keys)
 
         def weave(state: tuple[Loop, jax.Array]) -> tuple[Loop, jax.Array]:
-            return _weave(decoders, request, state[0], begins, event_keys, grouping)
+            return _weave(decoders, request, state[0], begins, event_keys, weaver_batch_size)
 
         session, kept = apply_if(boundary.any(), decide, (loop.session, kept))
         loop = dataclasses.replace(loop, session=session)
@@ -179,7 +179,7 @@ def memory_event(
             waiting = loop.waiting + (kept | (loop.waiting > 0))
             loop = dataclasses.replace(loop, waiting=waiting)
             # All rows begin in the same step, so waiting before the first token gains no rows.
-            due = (begins & (waiting > 0)).any() | grouping.due(waiting, ~loop.done)
+            due = (begins & (waiting > 0)).any() | weaver_batch_size.due(waiting, ~loop.done)
             loop, kept = apply_if(due, weave, (loop, jnp.zeros_like(boundary)))
             decided = (boundary | (waiting > 0)) & (loop.waiting == 0)
     column = broadcast_beside(at, boundary, 1)
@@ -211,7 +211,7 @@ def _weave(
     loop: Loop,
     begins: jax.Array,
     keys: jax.Array,
-    grouping: Grouping,
+    weaver_batch_size: WeaverBatchSize,
 ) -> tuple[Loop, jax.Array]:
     """Weave in rows that wait; return the loop and a mask `[B]` of rows with new latents.
 
@@ -238,12 +238,12 @@ def _weave(
         new = new.astype(state.latents.dtype)
         return _Weaving(jnp.zeros_like(state.left), made, new, keep)
 
-    in_groups = grouping.shards * grouping.rows < len(waiting)
+    in_groups = weaver_batch_size.shards * weaver_batch_size.rows < len(waiting)
     if in_groups and memgen.config.max_inference_events:
         many = 2 * (waiting > 0).sum() > len(waiting)
         state = apply_if(many | (begins & (waiting > 0)).any(), weave_all, state)
-        weave_group = functools.partial(_weave_group, decoders, request, inputs, grouping)
-        due = lambda state: grouping.due(state.left, live)  # noqa: E731
+        weave_group = functools.partial(_weave_group, decoders, request, inputs, weaver_batch_size)
+        due = lambda state: weaver_batch_size.due(state.left, live)  # noqa: E731
         state = jax.lax.while_loop(due, weave_group, state)
     else:
         state = weave_all(state)
@@ -272,12 +272,12 @@ def _weave_group(
     decoders: Decoders,
     request: Request,
     inputs: EventInputs,
-    grouping: Grouping,
+    weaver_batch_size: WeaverBatchSize,
     state: _Weaving,
 ) -> _Weaving:
     """Apply `_weave_rows` to a group of the rows left to weave, those that waited longest."""
     axes = state.session.batch_axes(decoders.memgen.reasoner, decoders.weaver, None)
-    rows = RowGroup.next(state.left, grouping.shards, grouping.rows)
+    rows = RowGroup.next(state.left, weaver_batch_size.shards, weaver_batch_size.rows)
     weaves = rows.take(state.left) > 0
     session, new, keep = _weave_rows(
         decoders, request, rows.take(state.session, axes), weaves, rows.take(inputs)

@@ -1,8 +1,8 @@
 """Insertion of latents between tokens: plans, index maps and assembly, all of static shapes.
 
-The reasoner's input sequence, here called the stream, consists of the `L` embedded tokens of a row
-and the latents of the row's `E` events: the `width[e]` latents of event `e` are inserted right
-before token `point[e]`. Rows are padded on the right.
+The reasoner's input sequence consists of the `L` embedded tokens of a row and the latents of the
+row's `E` events: the `width[e]` latents of event `e` are inserted right before token `point[e]`.
+Rows are padded on the right.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from jax.core import Tracer
 from memgen.checks import (
     check_config,
     check_lengths,
-    check_stream_length,
+    check_woven_length,
     checked_ids,
     checked_mask,
     on_host,
@@ -74,7 +74,7 @@ class Plan(ShortRepr):
 
     @property
     def start(self) -> Int[Array, "B E"]:
-        """Index of each event's first latent in the stream; 0 for an unused event."""
+        """Index of each event's first latent in the input sequence; 0 for an unused event."""
         before = jnp.cumsum(self.width, axis=1) - self.width
         return jnp.where(self.point >= 0, self.point + before, 0)
 
@@ -143,35 +143,35 @@ def check_replay(
         )
     if not any(isinstance(values, Tracer) for values in (length, plan.width)):
         longest = (on_host(length) + on_host(plan.width).sum(axis=1)).max()
-        check_stream_length(int(longest), max_tokens + max_latents)
+        check_woven_length(int(longest), max_tokens + max_latents)
 
 
-def stream_index(plan: Plan, length: int) -> Int[Array, "B L"]:
-    """Return each token's index in the stream, `phi(i) = i + number of latents before token i`."""
+def token_index(plan: Plan, length: int) -> Int[Array, "B L"]:
+    """Return each token's index in the input, `phi(i) = i + number of latents before token i`."""
     token = jnp.arange(length)
     before = (plan.point[:, :, None] >= 0) & (plan.point[:, :, None] <= token)
     return token + (plan.width[:, :, None] * before).sum(axis=1)
 
 
 def predictor_index(plan: Plan, length: int) -> Int[Array, "B L"]:
-    """Return the index in the stream of the hidden state that predicts each token, `phi(i) - 1`.
+    """Return the index of the hidden state that predicts each token, `phi(i) - 1` (`token_index`).
 
     The index is -1 for a row's first token if no event precedes the token.
     """
-    return stream_index(plan, length) - 1
+    return token_index(plan, length) - 1
 
 
-def stream_length(plan: Plan, length: Int[Array, " B"]) -> Int[Array, " B"]:
-    """Return the number of vectors in each row's stream: `length [B]` tokens and all latents."""
+def woven_length(plan: Plan, length: Int[Array, " B"]) -> Int[Array, " B"]:
+    """Return the length of each input sequence: `length [B]` tokens and all latents."""
     return length + plan.width.sum(axis=1)
 
 
-def stream_source(plan: Plan, length: int, slots: int) -> Int[Array, "B S"]:
-    """Return which token or latent stands at each index of the stream.
+def woven_source(plan: Plan, length: int, slots: int) -> Int[Array, "B S"]:
+    """Return which token or latent stands at each index of the input sequence.
 
-    The stream has `S = L + E*K` vectors, for `L` tokens (`length`), `E` events and `K` latent slots
-    of an event (`slots`). A result `i < L` stands for token `i`, and `L + e*K + k` for latent `k`
-    of event `e`.
+    The sequence has `S = L + E*K` vectors, for `L` tokens (`length`), `E` events and `K` latent
+    slots of an event (`slots`). A result `i < L` stands for token `i`, and `L + e*K + k` for latent
+    `k` of event `e`.
     """
     events = plan.point.shape[1]
     index = jnp.arange(length + events * slots)
@@ -196,7 +196,7 @@ def assemble(
     """
     batch, length, dim = vectors.shape
     events, slots = latents.shape[1:3]
-    source = stream_source(plan, length, slots)
+    source = woven_source(plan, length, slots)
     pool = jnp.concatenate(
         [vectors, latents.reshape(batch, events * slots, dim).astype(vectors.dtype)], axis=1
     )

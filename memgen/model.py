@@ -18,8 +18,8 @@ from memgen.insertion import (
     assemble,
     check_plan,
     predictor_index,
-    stream_index,
-    stream_length,
+    token_index,
+    woven_length,
 )
 from memgen.lora import with_dropout
 from memgen.module import Module
@@ -50,13 +50,13 @@ class Woven(NamedTuple):
     """Input sequences of the reasoner: embedded tokens with the latents of all events inserted.
 
     Attributes:
-        stream: `[B, S, D]` input vectors of the reasoner, padded on the right: `S = L + E*K` for
-            `L` tokens, `E` events and `K` latent slots of an event.
+        inputs_embeds: `[B, S, D]` input vectors of the reasoner, padded on the right: `S = L + E*K`
+            for `L` tokens, `E` events and `K` latent slots of an event.
         length: `[B]` int32, number of real vectors in each row, tokens and latents.
         latents: `[B, E, K, D]` latents of each event.
     """
 
-    stream: jax.Array
+    inputs_embeds: jax.Array
     length: jax.Array
     latents: jax.Array
 
@@ -221,7 +221,7 @@ class MemGen(Module):
         else:
             backbone = self.weaving(dropout)
             latents = self.weaver.weave_parallel(backbone, vectors, plan.point, plan.kind)
-        whole = stream_length(plan, broadcast_beside(length, vectors, 1))
+        whole = woven_length(plan, broadcast_beside(length, vectors, 1))
         return Woven(assemble(vectors, latents, plan), whole, latents)
 
     def _in_order(self, vectors, latents, plan: Plan, dropout) -> jax.Array:
@@ -233,12 +233,12 @@ class MemGen(Module):
 
         def event(latents, index):
             key = None if dropout is None else jax.random.fold_in(dropout, index)
-            stream = assemble(vectors, latents, plan)
+            context = assemble(vectors, latents, plan)
             length = jnp.take(plan.start, index, axis=1)
             if self.config.weaver.context == "hidden":
-                stream = self.reasoner.hidden_states(stream, length)
+                context = self.reasoner.hidden_states(context, length)
             written = self.weaver.weave(
-                self.weaving(key), stream, length, jnp.take(plan.kind, index, axis=1)
+                self.weaving(key), context, length, jnp.take(plan.kind, index, axis=1)
             )
             return latents.at[:, index].set(written.astype(latents.dtype)), None
 
@@ -275,7 +275,7 @@ class MemGen(Module):
         `weave`.
         """
         woven = self.weave(tokens, plan, dropout)
-        hidden = self.reasoner.hidden_states(woven.stream, woven.length)
+        hidden = self.reasoner.hidden_states(woven.inputs_embeds, woven.length)
         at = jnp.maximum(predictor_index(plan, jnp.shape(tokens)[1]), 0)
         return jnp.take_along_axis(hidden, at[..., None], axis=1)
 
@@ -304,8 +304,8 @@ class MemGen(Module):
             woven = self.weave(tokens, plan)
             adapted = trigger.config.source == "stream"
             decoder = self.triggering() if adapted else self.reasoner
-            hidden = decoder.hidden_states(woven.stream, woven.length)
+            hidden = decoder.hidden_states(woven.inputs_embeds, woven.length)
             before = plan.point[:, :, None] == jnp.arange(length)
-            at = stream_index(plan, length) - (plan.width[:, :, None] * before).sum(axis=1) - 1
+            at = token_index(plan, length) - (plan.width[:, :, None] * before).sum(axis=1) - 1
         chosen = jnp.take_along_axis(hidden, jnp.maximum(at, 0)[..., None], axis=1)
         return jnp.where(at[..., None] >= 0, trigger(chosen), 0.0)

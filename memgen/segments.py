@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from memgen.backbone import DecoderBackbone, cache_batch_axes
-from memgen.insertion import Plan, stream_source
+from memgen.insertion import Plan, woven_source
 from memgen.placement import placed_beside
 from memgen.weaver import Weaver
 
@@ -122,7 +122,7 @@ def weave_in_segments(
     """
     batch, length, dim = vectors.shape
     events, slots = plan.point.shape[1], weaver.config.latents
-    source = stream_source(plan, length, slots)
+    source = woven_source(plan, length, slots)
     used = plan.point >= 0
     order = jnp.argsort(~used, axis=1, stable=True)  # used events first
     count = used.sum(axis=1, dtype=jnp.int32)
@@ -176,7 +176,7 @@ def _take(rows: jax.Array, index: jax.Array) -> jax.Array:
 
 
 def _vectors(vectors: jax.Array, latents: jax.Array, source: jax.Array) -> jax.Array:
-    """Gather embedded tokens and latents by their source indices `[B, C]` (`stream_source`)."""
+    """Gather embedded tokens and latents by their source indices `[B, C]` (`woven_source`)."""
     length, flat = vectors.shape[1], latents.reshape(latents.shape[0], -1, latents.shape[-1])
     of_event = _take(flat, jnp.maximum(source - length, 0))
     return jnp.where((source < length)[..., None], _take(vectors, source), of_event)

@@ -10,7 +10,7 @@ import numpy as np
 from jax.core import Tracer
 
 from memgen.backbone import cache_batch_axes, check_cache
-from memgen.checks import check_stream_length, on_host
+from memgen.checks import check_woven_length, on_host
 from memgen.model import MemGen, check_memgen
 from memgen.placement import embed, placed_beside
 from memgen.short_repr import ShortRepr
@@ -385,7 +385,7 @@ def check_capacity(session: Session, tokens: Any, latents: int = 0) -> None:
             f"{session.tokens.shape[1]}: begin with more"
         )
     more = tokens + latents * (tokens > 0)
-    check_stream_length(int((on_host(session.reasoner.length) + more).max()), session.capacity)
+    check_woven_length(int((on_host(session.reasoner.length) + more).max()), session.capacity)
 
 
 def take(rows: jax.Array, index: jax.Array) -> jax.Array:

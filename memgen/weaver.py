@@ -212,7 +212,7 @@ class Weaver(Module):
     def weave(
         self,
         backbone: DecoderBackbone,
-        stream: jax.Array,
+        context: jax.Array,
         length: jax.Array,
         kind: jax.Array,
         snippets: Snippets | None = None,
@@ -221,8 +221,8 @@ class Weaver(Module):
 
         Args:
             backbone: Decoder with the weaver's adapter.
-            stream: `[B, S, d_r]` context before the event: up to `S` input vectors or hidden states
-                of the reasoner, of width `d_r`, padded on the right.
+            context: `[B, S, d_r]` context before the event: up to `S` input vectors or hidden
+                states of the reasoner, of width `d_r`, padded on the right.
             length: `[B]` int32, number of real context vectors in each row.
             kind: `[B]` int32, kind of each row's event, `PROMPT` or `INFERENCE`.
             snippets: Retrieved text, placed between the context and the queries, or None.
@@ -232,8 +232,8 @@ class Weaver(Module):
             does not use.
         """
         suffix, extra = self.suffix(kind, snippets)
-        batch, capacity, width = stream.shape[0], stream.shape[1], suffix.shape[-1]
-        pool = jnp.concatenate([self.context(stream), suffix.astype(stream.dtype)], axis=1)
+        batch, capacity, width = context.shape[0], context.shape[1], suffix.shape[-1]
+        pool = jnp.concatenate([self.context(context), suffix.astype(context.dtype)], axis=1)
         at = jnp.arange(pool.shape[1])
         index = jnp.where(at < length[:, None], at, capacity + at - length[:, None])
         x = jnp.take_along_axis(pool, jnp.minimum(index, pool.shape[1] - 1)[..., None], axis=1)

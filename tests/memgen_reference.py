@@ -86,18 +86,18 @@ def weave(
 
 
 def concatenated(vectors: Array, events: Sequence[tuple[int, Array]]) -> Array:
-    """The stream of one row: each event's latents right before its token, by lists alone."""
-    stream: list[Array] = []
+    """The inputs of one row: each event's latents right before its token, by lists alone."""
+    inputs_embeds: list[Array] = []
     for i, row in enumerate(vectors):
         for point, latents in events:
             if point == i:
-                stream += list(latents)
-        stream.append(row)
-    return np.stack(stream)
+                inputs_embeds += list(latents)
+        inputs_embeds.append(row)
+    return np.stack(inputs_embeds)
 
 
 def predictors(length: int, events: Sequence[tuple[int, int]]) -> list[int]:
-    """Stream places whose successor is a token: they predict tokens 0, 1, ... in this order."""
+    """Places whose successor is a token: they predict tokens 0, 1, ... in this order."""
     kinds: list[str] = []
     for i in range(length):
         for point, width in events:
@@ -114,7 +114,7 @@ class Generated:
     tokens: list[int]
     log_probs: list[float]
     decisions: list[int]
-    stream: list[Array]
+    inputs_embeds: list[Array]
     is_latent: list[bool]
     margin: float
 
@@ -137,33 +137,33 @@ def generate(
 
     Args:
         is_boundary: of the last id.
-        decide: told the step, the ids and the stream so far.
+        decide: told the step, the ids and the input sequence so far.
     """
     tokens, used = list(prompt), 0
-    stream = list(decoder.embed(prompt))
-    made = Generated([], [], [], stream, [False] * len(stream), math.inf)
+    inputs_embeds = list(decoder.embed(prompt))
+    made = Generated([], [], [], inputs_embeds, [False] * len(inputs_embeds), math.inf)
     for step in range(new_tokens):
         asked = step == 0 or (is_boundary(tokens[-1]) and used < max_events)
-        decision = int(decide(step, tokens, stream)) if asked else -1
+        decision = int(decide(step, tokens, inputs_embeds)) if asked else -1
         made.decisions.append(decision)
         if decision == 1:
-            seen = np.stack(stream)
+            seen = np.stack(inputs_embeds)
             if not latents_see_latents:
                 seen = decoder.embed(tokens)
             elif context == "hidden":
                 seen = decoder.hidden(seen)
             new = weave(weaver, weaver_decoder, seen, "prompt" if step == 0 else "inference")
-            stream += list(new)
+            inputs_embeds += list(new)
             made.is_latent += [True] * len(new)
             used += step > 0
-        logits = decoder.unembed(decoder.hidden(np.stack(stream))[-1])
+        logits = decoder.unembed(decoder.hidden(np.stack(inputs_embeds))[-1])
         token = int(logits.argmax())
         second, first = np.sort(logits)[-2:]
         made.margin = min(made.margin, float(first - second))
         made.log_probs.append(float(logits[token] - logits.max() - _log_sum(logits)))
         made.tokens.append(token)
         tokens.append(token)
-        stream += list(decoder.embed([token]))
+        inputs_embeds += list(decoder.embed([token]))
         made.is_latent.append(False)
         if token in stop:
             break
@@ -175,10 +175,10 @@ def _log_sum(logits: Array) -> float:
 
 
 def log_prob_of_targets(
-    decoder: Decoder, stream: Array, places: Sequence[int], targets: Sequence[int]
+    decoder: Decoder, inputs_embeds: Array, places: Sequence[int], targets: Sequence[int]
 ) -> list[float]:
     """Of each target, by the output at its place."""
-    hidden = decoder.hidden(stream)
+    hidden = decoder.hidden(inputs_embeds)
     found = []
     for place, target in zip(places, targets, strict=True):
         logits = decoder.unembed(hidden[place])

@@ -216,10 +216,10 @@ def test_latents_are_read_between_tokens():
     def read(memgen) -> Any:
         rows = woven_rows(memgen, tokens, plan)
         lenses = (logit_lens, embedding_similarity)
-        readings = [of(rows.model, rows.stream, rows.mask, top=17) for of in lenses]
-        hidden = memgen.reasoner.hidden_states(rows.stream, rows.mask.sum(axis=1))
+        readings = [of(rows.model, rows.inputs_embeds, rows.mask, top=17) for of in lenses]
+        hidden = memgen.reasoner.hidden_states(rows.inputs_embeds, rows.mask.sum(axis=1))
         log_probs = jax.nn.log_softmax(memgen.reasoner.unembed(hidden))
-        return rows.stream, rows.mask, rows.latent, readings, log_probs
+        return rows.inputs_embeds, rows.mask, rows.latent, readings, log_probs
 
     stream, mask, latent, (logits, cosines), log_probs = jax.device_get(read(memgen))
     assert latent[0].nonzero()[0].tolist() == [2, 3, 4] and not latent[1].any()

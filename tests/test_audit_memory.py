@@ -130,7 +130,7 @@ def test_latents_are_read_in_place_of_tokens():
         latents = np.flatnonzero(np.asarray(rows.latent[0])).tolist()
         assert latents == [len(ids), len(ids) + 1, len(ids) + 2]
         assert rows.mask.sum() == len(ids) + 3
-        lens = logit_lens(rows.model, rows.stream, rows.mask, sites=("block_1",), top=17)
+        lens = logit_lens(rows.model, rows.inputs_embeds, rows.mask, sites=("block_1",), top=17)
         found = lens["block_1"].tokens
         mean = np.zeros(17)
         for at in latents:

@@ -33,7 +33,7 @@ from memgen_tiny import (
 import memgen
 from memgen import decoding
 from memgen.backbone import check_cache
-from memgen.events import Grouping
+from memgen.events import WeaverBatchSize
 from memgen.placement import embed
 from memgen.request import bucket, pad_prompts, row_keys
 
@@ -81,7 +81,9 @@ def check_decoding(kind: str, made: memgen.MemGen, devices: int = DEVICES, each:
 def test_a_decoding_loop(kind: str, monkeypatch: pytest.MonkeyPatch):
     """As on accelerators: two rows of each device weave together, of which others wait."""
     shards = DEVICES if kind == "explicit" else 1
-    monkeypatch.setattr(decoding, "grouping_of", lambda session: Grouping(shards, rows=2))
+    monkeypatch.setattr(
+        decoding, "weaver_batch_size_for", lambda session: WeaverBatchSize(shards, rows=2)
+    )
     check_decoding(kind, memgen_of("shallow"), each=2)
 
 

@@ -48,7 +48,7 @@ from memgen import (
     respond,
 )
 from memgen import decoding as loop_module
-from memgen.events import Grouping
+from memgen.events import WeaverBatchSize
 from memgen.request import pad_prompts, row_keys
 
 HIDDEN = dataclasses.replace(
@@ -90,10 +90,10 @@ def oracle_rows(name: str) -> tuple[Any, Any, list[oracle.Generated]]:
     adapter = trigger.get("adapter") or {}
     triggers = oracle.thoughtbubbles(oracle.merged(params, adapter, scale), sizes)
 
-    def decide(step: int, tokens: list[int], stream: list[np.ndarray]) -> bool:
+    def decide(step: int, tokens: list[int], inputs_embeds: list[np.ndarray]) -> bool:
         if policy != LEARNED:
             return True
-        seen = decoder.embed(tokens) if source == "tokens" else np.stack(stream)
+        seen = decoder.embed(tokens) if source == "tokens" else np.stack(inputs_embeds)
         skip, invoke = oracle.trigger_logits(trigger, triggers, seen)
         assert abs(invoke - skip) > 1e-3
         return invoke > skip
@@ -132,7 +132,7 @@ def test_d28_cached_is_recomputed(name: str):
         assert response.texts[index] == row.tokens
         assert response.decisions[index, :NEW].tolist() == row.decisions
         np.testing.assert_allclose(response.log_probs[index, :NEW], row.log_probs, atol=1e-4)
-        latents = np.stack(row.stream)[row.is_latent]
+        latents = np.stack(row.inputs_embeds)[row.is_latent]
         widths = [made.config.weaver.prompt_latents, *[made.config.weaver.inference_latents] * 9]
         used = np.asarray(response.points[index]) >= 0
         ours = [
@@ -171,7 +171,7 @@ def test_d31_budget_and_record(name: str):
         points = [p for p in response.points[row].tolist() if p >= 0]
         assert points == np.flatnonzero(decisions[row] == 1).tolist()
         count = config.weaver.prompt_latents * int(decisions[row, 0] == 1) + 2 * int(later[row])
-        assert len(rows[row].stream) == len(prompt) + NEW + count
+        assert len(rows[row].inputs_embeds) == len(prompt) + NEW + count
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in CONVERSED])
@@ -277,7 +277,8 @@ def test_d30_while_is_scan():
     def by_scan(made, session, request):
         decoders, limit = loop_module.Decoders.prepare(made), jnp.int32(NEW)
         start = loop_module._start(decoders, limit, request, session, 16)
-        step = lambda loop, _: (loop_module._step(decoders, request, limit, loop, Grouping()), None)  # noqa: E731
+        size = WeaverBatchSize()
+        step = lambda loop, _: (loop_module._step(decoders, request, limit, loop, size), None)  # noqa: E731
         return jax.lax.scan(step, start, length=NEW)[0].response
 
     scanned = by_scan(made, session, request)
@@ -424,7 +425,7 @@ def test_d36_sentences_end_where_a_reader_says(text: str, expected: bool, pieces
 @pytest.mark.experiment  # a prompt without: forks by rank above; both: test_memgen_identity
 @pytest.mark.parametrize(("prompt", "inference"), [(0, 2), (3, 0)])
 def test_one_kind_without_latents(prompt: int, inference: int):
-    """Decisions are recorded, nothing stands in the stream, and training sees the same."""
+    """Decisions are recorded, nothing stands between the tokens, and training sees the same."""
     config = weaver_config(prompt_latents=prompt, inference_latents=inference)
     made, response = rollout("shallow", config, AlwaysInvoke())
     tokens, length = whole_rows(PROMPTS, response)

@@ -42,7 +42,7 @@ from memgen import (
     make_adapter,
     sft_loss,
 )
-from memgen.insertion import INFERENCE, PROMPT, assemble, stream_index
+from memgen.insertion import INFERENCE, PROMPT, assemble, token_index
 from memgen.lora import with_dropout
 from memgen.trigger import TriggerParam
 
@@ -112,7 +112,7 @@ def test_a3_masked_events_are_no_events():
     hidden = np.asarray(predictors(made, TOKENS, nothing))
     plain = read(made.reasoner, np.asarray(made.reasoner.model.embed[...])[np.asarray(TOKENS)])
     np.testing.assert_allclose(hidden[:, 1:], np.asarray(plain)[:, :-1], atol=1e-5)
-    assert (np.asarray(stream_index(nothing, 12)) == np.arange(12)).all()
+    assert (np.asarray(token_index(nothing, 12)) == np.arange(12)).all()
     other = replaced(made, weaver=filled(made.weaver, seed=99))
     assert (np.asarray(predictors(other, TOKENS, nothing)) == hidden).all()
     one = in_numpy(plan_of([3, -1, -1], [5, 7, -1]))

@@ -27,8 +27,8 @@ from memgen.insertion import (
     assemble,
     check_one_response,
     predictor_index,
-    stream_index,
-    stream_length,
+    token_index,
+    woven_length,
 )
 from memgen.losses import sft_loss
 
@@ -56,7 +56,7 @@ PLACES = [*POINTS, [0, 4, 11], NONE, [-1, 1, 2]]
 @jax.jit
 def places(plan: Plan, length: jax.Array) -> tuple[jax.Array, ...]:
     """Of tokens, of what predicts them, and lengths of streams; rows of 12 tokens."""
-    return stream_index(plan, 12), predictor_index(plan, 12), stream_length(plan, length)
+    return token_index(plan, 12), predictor_index(plan, 12), woven_length(plan, length)
 
 
 def test_c17_worked_example():
@@ -78,7 +78,7 @@ def test_c18_outputs_kept_are_those_before_tokens(config: MemGenConfig):
 
 
 def test_c19_positions_are_consecutive():
-    """A row has no holes: the tokens and latents of its stream are 0 to L'-1, each once."""
+    """A row has no holes: the tokens and latents of its input sequence are 0 to L'-1, each once."""
     plan = plan_of(PLACES)
     tokens, _, total = in_numpy(places(plan, np.full(6, 12)))
     for row, first in enumerate(np.asarray(plan.start)):
@@ -92,7 +92,7 @@ def test_c24_gathered_stream_is_the_concatenation():
     plan = plan_of(PLACES)
     vectors = rng.normal(size=(6, 12, 4)).astype(np.float32)
     latents = rng.normal(size=(6, 3, 3, 4)).astype(np.float32)
-    stream = np.asarray(jax.jit(assemble)(vectors, latents, plan))
+    inputs_embeds = np.asarray(jax.jit(assemble)(vectors, latents, plan))
     for row in range(6):
         widths = plan.width[row].tolist()
         events = [
@@ -101,7 +101,7 @@ def test_c24_gathered_stream_is_the_concatenation():
             if point >= 0
         ]
         expected = oracle.concatenated(vectors[row], events)
-        assert np.array_equal(stream[row, : len(expected)], expected)
+        assert np.array_equal(inputs_embeds[row, : len(expected)], expected)
 
 
 @jax.jit

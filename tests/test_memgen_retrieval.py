@@ -122,17 +122,17 @@ def in_one_pass(made: MemGen, prompts: list[list[int]]) -> np.ndarray:
 
     @jax.jit
     def weave(made, tokens, snippet):
-        stream, told = (made.reasoner.embed_tokens(ids) for ids in (tokens, snippet))
+        vectors, told = (made.reasoner.embed_tokens(ids) for ids in (tokens, snippet))
         snippets = Snippets(told, jnp.full(len(prompts), 4))
         kind = jnp.full(len(prompts), PROMPT)
-        return made.weaver.weave(made.weaving(), stream, length, kind, snippets)
+        return made.weaver.weave(made.weaving(), vectors, length, kind, snippets)
 
     return np.asarray(weave(made, tokens, snippet))
 
 
 def test_52_snippets_reach_the_weaver_and_never_the_reasoner():
     """No snippets is no retrieval: the same tokens and events, log-probabilities to 1e-5 (the
-    programs differ in shape). With snippets the latents change and the stream is as long.
+    programs differ in shape). With snippets the latents change and the input sequence is as long.
     """
     made = memgen_of()
     words = lambda ids: " ".join(f"word{number}" for number in ids)  # noqa: E731

@@ -29,7 +29,7 @@ from memgen import AlwaysInvoke, NeverInvoke, TriggerConfig, begin, make_request
 from memgen import decoding as loop_module
 from memgen import events as events_module
 from memgen.backbone import check_cache
-from memgen.events import Grouping
+from memgen.events import WeaverBatchSize
 from memgen.request import pad_prompts, row_keys
 from memgen.row_group import RowGroup
 from memgen.session import CHUNK, DecoderState
@@ -125,12 +125,12 @@ def alone_of(made, **how):
     }
 
 
-WAITING = Grouping(rows=3)  # at times some of three do not wait
-AT_ONCE = [pytest.param(Grouping(n), marks=pytest.mark.experiment) for n in (1, 2, ROWS)]
+WAITING = WeaverBatchSize(rows=3)  # at times some of three do not wait
+AT_ONCE = [pytest.param(WeaverBatchSize(n), marks=pytest.mark.experiment) for n in (1, 2, ROWS)]
 
 
-@pytest.mark.parametrize("grouping", [WAITING, *AT_ONCE], ids=str)
-def test_whichever_rows_weave_each_is_what_it_is_alone(grouping: Grouping):
+@pytest.mark.parametrize("weaver_batch_size", [WAITING, *AT_ONCE], ids=str)
+def test_whichever_rows_weave_each_is_what_it_is_alone(weaver_batch_size: WeaverBatchSize):
     """All patterns; three rows once they wait, or as long as they may; one; one of each half; all.
 
     What is told of a row is its own, at the events in the loop too: its key, by which all memory or
@@ -149,7 +149,7 @@ def test_whichever_rows_weave_each_is_what_it_is_alone(grouping: Grouping):
         for pattern in PATTERNS if everything else PATTERNS[-1:]:
             request = these(made, pattern, **told(everything))
             session = opened(made, request=request)
-            response, _ = loop_module.respond(made, session, request, 16, grouping)
+            response, _ = loop_module.respond(made, session, request, 16, weaver_batch_size)
             assert_same(in_numpy(response), expected, pattern)
 
 
@@ -171,16 +171,16 @@ def test_rows_spread_over_devices_weave_where_they_are():
     spread = batch_sharding(mesh)
     made_there = jax.device_put(made, replicated(mesh))
     given = made_there, opened(made_there, prompts, spread), these(made, PATTERNS[1] * 2)
-    for grouping in (Grouping(2), Grouping(2, rows=2)):
-        text = str(loop_module._respond.lower(*given, 16, grouping).compile().as_text())
+    for weaver_batch_size in (WeaverBatchSize(2), WeaverBatchSize(2, rows=2)):
+        text = str(loop_module._respond.lower(*given, 16, weaver_batch_size).compile().as_text())
         told = re.findall(r" = (.*) (?:all-\w+|reduce-scatter|collective-permute)\S*\(", text)
         kinds = {kind for types in told for kind in re.findall(r"\w+\[[\d,]*\]", types)}
         assert kinds == {"pred[]", "s32[]"}, "devices tell each other how many are left, no rows"
     for pattern in PATTERNS[::3]:
         session = opened(made_there, prompts, spread)
-        assert loop_module.grouping_of(session) == Grouping(2)
+        assert loop_module.weaver_batch_size_for(session) == WeaverBatchSize(2)
         response, session = loop_module.respond(made_there, session, these(made, pattern * 2), 16)
-        assert loop_module.grouping_of(session) == Grouping(2), (
+        assert loop_module.weaver_batch_size_for(session) == WeaverBatchSize(2), (
             "the next response is not another program"
         )
         assert_same(in_numpy(response), alone, pattern * 2)
@@ -220,15 +220,19 @@ def test_a_group_of_rows_is_taken_out_and_put_back(parts, each, rows):
 )
 def test_rows_weave_once_enough_of_them_wait_or_one_has_waited_long(waited, live, due):
     waiting = jnp.zeros(64, jnp.int32).at[jnp.arange(len(waited))].set(jnp.array(waited, jnp.int32))
-    assert Grouping(2, rows=2).due(waiting, jnp.arange(64) < live) == due
-    assert Grouping(2).due(waiting, jnp.arange(64) < live) == bool(waited), "a group of one"
+    assert WeaverBatchSize(2, rows=2).due(waiting, jnp.arange(64) < live) == due
+    assert WeaverBatchSize(2).due(waiting, jnp.arange(64) < live) == bool(waited), "a group of one"
 
 
-@pytest.mark.parametrize("wrong", [Grouping(3), Grouping(0), Grouping(1, 0)], ids=str)
-def test_a_grouping_that_does_not_fit_is_one_line(wrong: Grouping):
-    with pytest.raises(ValueError, match=r"Grouping\(.* of a batch of 4 rows: give a number"):
+@pytest.mark.parametrize(
+    "wrong", [WeaverBatchSize(3), WeaverBatchSize(0), WeaverBatchSize(1, 0)], ids=str
+)
+def test_a_weaver_batch_size_that_does_not_fit_is_one_line(wrong: WeaverBatchSize):
+    with pytest.raises(
+        ValueError, match=r"WeaverBatchSize\(.* of a batch of 4 rows: give a number"
+    ):
         wrong.check(4)
-    for fits in (Grouping(2, 2), Grouping(2), Grouping(3, 2)):
+    for fits in (WeaverBatchSize(2, 2), WeaverBatchSize(2), WeaverBatchSize(3, 2)):
         fits.check(4)
 
 
@@ -240,10 +244,10 @@ def test_an_accelerator_weaves_an_eighth_of_the_rows_at_a_time(rows, expected, m
         monkeypatch.setattr(jax, "default_backend", lambda platform=platform: platform)
 
         def under_a_trace(count):
-            found.append(loop_module.grouping_of(session.replace(count=count)))
+            found.append(loop_module.weaver_batch_size_for(session.replace(count=count)))
 
         jax.eval_shape(under_a_trace, jnp.zeros(rows, jnp.int32))
-    assert found == [Grouping(), Grouping(1, expected)]
+    assert found == [WeaverBatchSize(), WeaverBatchSize(1, expected)]
 
 
 class Stacked:
@@ -341,7 +345,9 @@ def test_an_event_costs_what_its_rows_cost(monkeypatch):
     monkeypatch.setattr(Backbone, "extend", counting)
     made = memgen_of("shallow")
     inner: Any = loop_module._respond
-    program = jax.jit(lambda *given: inner.__wrapped__(*given, 16, Grouping()))  # traced anew
+    program = jax.jit(
+        lambda *given: inner.__wrapped__(*given, 16, WeaverBatchSize())
+    )  # traced anew
     event = CHUNK + 2 * PROMPT_LATENTS  # catching up, queries, and latents in the reasoner
     later = []
     for weaving in range(ROWS + 1):
@@ -387,7 +393,7 @@ def test_a_row_that_weaves_alone_does_not_wait_for_long(monkeypatch):
     monkeypatch.setattr(Backbone, "extend", counting)
     monkeypatch.setattr(events_module, "PATIENCE", 2)
     inner: Any = loop_module._respond
-    program = jax.jit(lambda *given: inner.__wrapped__(*given, 16, Grouping(rows=3)))
+    program = jax.jit(lambda *given: inner.__wrapped__(*given, 16, WeaverBatchSize(rows=3)))
     counts = []
     for stop, alone in expected.items():
         steps.clear()

@@ -149,7 +149,7 @@ def test_what_weaves_by_the_schedule(monkeypatch):
     for length, events in ((LENGTH, EVENTS), (LENGTH, 0), (256, 6)):
         woven = shapes_of(length, events)
         assert woven.latents.shape == (3, events, SLOTS, 32)
-        assert woven.stream.shape == (3, length + events * SLOTS, 32)
+        assert woven.inputs_embeds.shape == (3, length + events * SLOTS, 32)
     assert called == [Schedule.of(256, 6, SLOTS)]
 
 

@@ -40,8 +40,8 @@ def trigger_logits(made: MemGen, tokens: np.ndarray, plan: Plan) -> np.ndarray:
 
 
 @jax.jit
-def streams(made: MemGen, tokens: jax.Array, plan: Plan) -> jax.Array:
-    return made.weave(tokens, plan).stream
+def inputs_of(made: MemGen, tokens: jax.Array, plan: Plan) -> jax.Array:
+    return made.weave(tokens, plan).inputs_embeds
 
 
 @pytest.mark.parametrize("source", ["tokens", "stream", "reasoner_hidden"])
@@ -54,11 +54,11 @@ def test_e37_one_pass_is_step_by_step(source: Any):
     adapter = trigger.get("adapter") or {}
     merged = oracle.merged(params, adapter, LORA.alpha / LORA.rank)
     decoder = oracle.thoughtbubbles(merged, made.reasoner.model.config)
-    stream = np.asarray(streams(made, TOKENS, PLAN), np.float64)
+    inputs_embeds = np.asarray(inputs_of(made, TOKENS, PLAN), np.float64)
     for row in range(2):
         for i in range(1, 10):
             before = [int(PLAN.width[row, e]) for e in range(3) if 0 <= POINT[row, e] < i]
-            seen = stream[row, : i + sum(before)]
+            seen = inputs_embeds[row, : i + sum(before)]
             if source == "tokens":
                 seen = decoder.embed(TOKENS[row, :i].tolist())
             expected = oracle.trigger_logits(trigger, decoder, seen)

@@ -29,17 +29,17 @@ KIND = np.array([PROMPT, INFERENCE], np.int32)
 SLOTS = CONFIG.weaver.latents
 
 
-def stream() -> np.ndarray:
+def vectors() -> np.ndarray:
     return np.random.default_rng(0).normal(size=(2, 9, 32)).astype(np.float32)
 
 
 @jax.jit
-def woven(made: MemGen, stream: jax.Array, length: jax.Array, kind: jax.Array) -> jax.Array:
-    return made.weaver.weave(made.weaving(), stream, length, kind)
+def woven(made: MemGen, vectors: jax.Array, length: jax.Array, kind: jax.Array) -> jax.Array:
+    return made.weaver.weave(made.weaving(), vectors, length, kind)
 
 
-def weave(made: MemGen, stream: np.ndarray, length=LENGTH, kind=KIND) -> np.ndarray:
-    return np.asarray(woven(made, stream, length, kind))
+def weave(made: MemGen, vectors: np.ndarray, length=LENGTH, kind=KIND) -> np.ndarray:
+    return np.asarray(woven(made, vectors, length, kind))
 
 
 def dense(projection: Any, x: np.ndarray) -> np.ndarray:
@@ -57,14 +57,14 @@ def changed(made: MemGen, bank: str, change) -> MemGen:
 @pytest.mark.parametrize("kind", ["shallow", "foreign"])
 def test_b8_latents_are_the_last_outputs_of_one_plain_pass(kind: str):
     made = memgen_of(kind)
-    found = weave(made, stream())
+    found = weave(made, vectors())
     weaver, backbone = made.weaver, made.weaving()
     banks = jax.jit(lambda weaver: (weaver.prompt(), weaver.inference()))(weaver)
     whole = np.zeros((2, 9 + SLOTS, 32), np.float32)
     ends = []
     for row, (length, queries) in enumerate(zip(LENGTH, banks, strict=True)):
         ends.append(length + len(queries))
-        whole[row, :length] = dense(weaver.to_weaver, stream()[row, :length])
+        whole[row, :length] = dense(weaver.to_weaver, vectors()[row, :length])
         whole[row, length : ends[row]] = queries
     for row, hidden in enumerate(np.asarray(read(backbone, whole))):
 
@@ -86,16 +86,16 @@ def test_b8_latents_are_those_of_the_oracle(match_scale: bool):
     lora = made.config.weaver.lora
     merged = oracle.merged(params, weaver["adapter"], lora.alpha / lora.rank)
     decoder = oracle.thoughtbubbles(merged, made.reasoner.model.config)
-    found = weave(made, stream())
+    found = weave(made, vectors())
     for row, (length, kind) in enumerate(((9, "prompt"), (6, "inference"))):
-        context = np.asarray(stream()[row, :length], np.float64)
+        context = np.asarray(vectors()[row, :length], np.float64)
         expected = oracle.weave(weaver, decoder, context, kind)
         np.testing.assert_allclose(found[row, : len(expected)], expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["shallow", "rank"])
 def test_b9_only_what_stands_before_is_seen(kind: str):
-    made, x = memgen_of(kind), stream()
+    made, x = memgen_of(kind), vectors()
     found = weave(made, x)
     later, earlier = x.copy(), x.copy()
     later[1, 6:] = np.nan
@@ -108,21 +108,21 @@ def test_b9_only_what_stands_before_is_seen(kind: str):
 def test_b10_padding_does_not_matter():
     """Rows are padded on the right and nowhere else."""
     made = memgen_of()
-    found = weave(made, stream())
+    found = weave(made, vectors())
     for pads in (3, 17):
-        padded = np.pad(stream(), ((0, 0), (0, pads), (0, 0)), constant_values=7.0)
+        padded = np.pad(vectors(), ((0, 0), (0, pads), (0, 0)), constant_values=7.0)
         np.testing.assert_allclose(weave(made, padded), found, atol=1e-5)
 
 
 def test_b11_queries_are_normalised():
     # Queries of size 1 or more, so that the norm's epsilon is small beside them.
     made = changed(memgen_of(), "prompt", lambda q: 8 * q)
-    found = weave(made, stream())
+    found = weave(made, vectors())
     factor, shift = np.array([[0.5], [2.0], [3.0]]), np.array([[1.0], [-2.0], [0.3]])
     moved = changed(made, "prompt", lambda q: factor * q + shift)
-    np.testing.assert_allclose(weave(moved, stream())[0], found[0], rtol=0, atol=1e-4)
+    np.testing.assert_allclose(weave(moved, vectors())[0], found[0], rtol=0, atol=1e-4)
     other = changed(made, "prompt", lambda q: -q)
-    assert np.abs(weave(other, stream())[0] - found[0]).max() > 0.01
+    assert np.abs(weave(other, vectors())[0] - found[0]).max() > 0.01
 
 
 def test_b12_a_slot_does_not_see_later_ones():
@@ -132,13 +132,13 @@ def test_b12_a_slot_does_not_see_later_ones():
     weaver.config = fewer.weaver.config
     queries = np.asarray(weaver.prompt.queries[...])[:2]
     weaver.prompt.queries = type(weaver.prompt.queries)(jnp.asarray(queries))
-    found = weave(replaced(fewer, weaver=weaver), stream())
+    found = weave(replaced(fewer, weaver=weaver), vectors())
     assert found.shape == (2, 2, 32)
-    np.testing.assert_allclose(found[0], weave(made, stream())[0, :2], atol=1e-6)
+    np.testing.assert_allclose(found[0], weave(made, vectors())[0, :2], atol=1e-6)
 
 
 def test_b13_the_order_of_the_context_matters():
-    made, x = memgen_of(), stream()
+    made, x = memgen_of(), vectors()
     swapped = x[:, [0, 3, 2, 1, *range(4, 9)]]
     assert np.abs(weave(made, swapped) - weave(made, x)).max(axis=(1, 2)).min() > 1e-4
 
@@ -152,8 +152,8 @@ def test_b14_a_weaver_of_another_width():
     config = made.weaver_backbone.model.config
     params = oracle.merged(pure(made.weaver_backbone.model), weaver["adapter"], 2.0)
     decoder = oracle.thoughtbubbles(params, config)
-    expected = oracle.weave(weaver, decoder, np.float64(stream()[0]), "prompt")
-    np.testing.assert_allclose(weave(made, stream())[0], expected, atol=1e-5)
+    expected = oracle.weave(weaver, decoder, np.float64(vectors()[0]), "prompt")
+    np.testing.assert_allclose(weave(made, vectors())[0], expected, atol=1e-5)
 
 
 @jax.jit

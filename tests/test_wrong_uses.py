@@ -738,7 +738,7 @@ def test_ids_may_be_nested_lists():
         woven = given.made.weave([[1, 2, 3, 4], [5, 6, 7, 8]], given.plan())
         hatchling = Hatchling(dataclasses.replace(HATCHLING, separator=3), rngs=nnx.Rngs(0))
         neurons = hatchling.activations([[1, 3, 2]])
-        return [given.model([[1, 2]]), woven.stream, hatchling([[1, 3]]), neurons.value]
+        return [given.model([[1, 2]]), woven.inputs_embeds, hatchling([[1, 3]]), neurons.value]
 
     logits, stream, others, value = nnx.eval_shape(lambda: shapes(Given()))
     assert others.shape == (1, 2, 20) and value.shape == (2, 1, 3, 8)

@@ -24,13 +24,13 @@ class WovenRows(NamedTuple):
 
     Attributes:
         model: Reasoner as a model with sites.
-        stream: `[B, S, D]` embeddings of tokens with latents between them.
+        inputs_embeds: `[B, S, D]` embeddings of tokens with latents between them.
         mask: `[B, S]` bool, whether each vector is real and not padding.
         latent: `[B, S]` bool, whether each vector is a latent.
     """
 
     model: SitedModel
-    stream: jax.Array
+    inputs_embeds: jax.Array
     mask: jax.Array
     latent: jax.Array
 
@@ -64,12 +64,12 @@ def woven_rows(
     tokens = checked_ids(tokens)
     check_plan(plan, tokens, memgen.config.weaver.latents)
     woven = _weave(memgen, tokens, plan)
-    index = jnp.arange(woven.stream.shape[1])
+    index = jnp.arange(woven.inputs_embeds.shape[1])
     offset = index - plan.start[:, :, None]
     within = (offset >= 0) & (offset < plan.width[:, :, None]) & (plan.point[:, :, None] >= 0)
     real = woven.length if length is None else length + plan.width.sum(axis=1)
     mask = index < real[:, None]
-    return WovenRows(model, woven.stream, mask, within.any(axis=1) & mask)
+    return WovenRows(model, woven.inputs_embeds, mask, within.any(axis=1) & mask)
 
 
 @jax.jit

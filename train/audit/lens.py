@@ -165,7 +165,7 @@ def _with_memory(memgen: MemGen, ids: list[int]) -> tuple[Any, Any, Any, list[st
     count = int(rows.latent.sum())
     size = len(ids) + count
     names = [f"latent {index}" for index in range(count)]
-    return rows.model, rows.stream[:, :size], rows.mask[:, :size], names
+    return rows.model, rows.inputs_embeds[:, :size], rows.mask[:, :size], names
 
 
 def table(found: TextReading, lm: LanguageModel, watched: Sequence[str] = ()) -> str:

@@ -315,4 +315,4 @@ def _rows(
         return lm.model, *rows
     _check_latents(lm)
     woven = prompts_with_latents(lm.memgen, rows[0], rows[1].sum(axis=1))
-    return woven.model, woven.stream, woven.mask, woven.latent
+    return woven.model, woven.inputs_embeds, woven.mask, woven.latent

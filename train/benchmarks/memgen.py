@@ -24,7 +24,7 @@ from memgen import (
     sft_loss,
     token_log_probs,
 )
-from memgen.events import Grouping
+from memgen.events import WeaverBatchSize
 from memgen.request import row_keys
 from memgen.session import put, take
 from thoughtbubbles import Backbone, Thoughtbubbles
@@ -251,8 +251,10 @@ class Generation:
         jax.block_until_ready(session)
         clock = Clock()
         # As many shards as rows: if one of them weaves, all do.
-        grouping = Grouping(shards=self._batch) if self._all_rows else None
-        response, _ = respond(self._memgen, session, self._request, config.new_tokens, grouping)
+        weaver_batch_size = WeaverBatchSize(shards=self._batch) if self._all_rows else None
+        response, _ = respond(
+            self._memgen, session, self._request, config.new_tokens, weaver_batch_size
+        )
         jax.block_until_ready(response)
         cost = clock.read()
         self.events = int((np.asarray(response.points) >= 0).sum())

@@ -134,7 +134,7 @@ def ranks_with_memory(lm: LanguageModel, organism: Organism, answers: Sequence[s
     woven = woven_rows(lm.memgen, control.inputs, plan, jnp.array([*map(len, rows)], jnp.int32))
     latent, mask = np.asarray(woven.latent), np.asarray(woven.mask)
     answer = mask & (np.arange(mask.shape[1]) >= np.asarray(starts)) & ~latent
-    texts = Texts(woven.model, woven.stream, mask, answer)
+    texts = Texts(woven.model, woven.inputs_embeds, mask, answer)
     found, plain = _read(lm, organism, texts), _read(lm, organism, control)
     pairs, lines = _by_depth(found, latent), {}
     for site, ranks in found.items():
