@@ -46,7 +46,7 @@ def example() -> dict[str, Node]:
 
 
 def values(nodes: dict[str, Node], *names: str) -> list[float]:
-    return [nodes[name].value for name in names]
+    return [nodes[name].accumulated_value for name in names]
 
 
 def test_backup_by_the_weights_of_the_code():
@@ -89,8 +89,8 @@ def test_scores_of_the_frontier():
 
 
 def test_selection_among_siblings():
-    good = Node(chunk(), visits=3, value=1.5)
-    new = Node(chunk(), visits=1, value=-0.2)
+    good = Node(chunk(), visits=3, accumulated_value=1.5)
+    new = Node(chunk(), visits=1, accumulated_value=-0.2)
     assert uct(good, 10, 2.0) == pytest.approx(2.252174, abs=5e-7)
     assert uct(new, 10, 2.0) == pytest.approx(2.834854, abs=5e-7)
     assert uct(Node(chunk()), 10, 2.0) == 0 and uct(good, 0, 2.0) == 0.5
@@ -101,10 +101,12 @@ def test_values_are_bounded_for_advantages_except_those_of_terminals():
         -2: -0.964028, -0.5: -0.462117, 0.25: 0.244919, 0.5: 0.462117, 1: 0.761594, 2: 0.964028,
     }  # fmt: skip
     for value, bounded in given.items():
-        assert bounded_value(Node(chunk(), value=value), CODE) == pytest.approx(bounded, abs=5e-7)
-    assert bounded_value(Node(chunk(outcome=-1), value=-2.0), CODE) == -1
+        assert bounded_value(Node(chunk(), accumulated_value=value), CODE) == pytest.approx(
+            bounded, abs=5e-7
+        )
+    assert bounded_value(Node(chunk(outcome=-1), accumulated_value=-2.0), CODE) == -1
     wide = SearchOptions(value_scale=0.5, value_temperature=2.0)
-    assert bounded_value(Node(chunk(), value=1.0), wide) == 0.5 * math.tanh(0.5)
+    assert bounded_value(Node(chunk(), accumulated_value=1.0), wide) == 0.5 * math.tanh(0.5)
 
 
 def test_the_most_confident_of_wrong_responses():
@@ -313,7 +315,7 @@ def test_a_search_does_what_the_slow_reference_says(setting, seed):
     reference.replay(log, outputs)
     assert [address(node) for node in tree.outputs] == reference.outputs
     for node in tree.nodes:
-        assert node.value == pytest.approx(reference.value(address(node)), rel=1e-12)
+        assert node.accumulated_value == pytest.approx(reference.value(address(node)), rel=1e-12)
         assert node.visits == reference.visits(address(node))
 
 
@@ -328,15 +330,19 @@ def test_what_holds_in_any_search(setting):
         for node in tree.nodes:
             below = [end for end in tree.outputs if node in end.path]
             won = any(end.chunk.outcome == 1 for end in below)
-            assert (node.value > 0) == won, "good news are never lost, bad ones never add up to it"
-            assert node.value == 0 or below
+            assert (node.accumulated_value > 0) == won, (
+                "good news are never lost, bad ones never add up to it"
+            )
+            assert node.accumulated_value == 0 or below
             assert node.depth <= depth and (node.depth < depth or node.terminal)
             assert not (node.terminal and node.children)
             assert node is tree.root or len(node.children) <= options.width
             assert abs(tree.bounded_value(node)) <= 1
         if options.width > 1:
             again, _ = grown(100 + seed, outputs, depth, options, ends, right)
-            assert [n.value for n in again.nodes] == [n.value for n in tree.nodes]
+            assert [n.accumulated_value for n in again.nodes] == [
+                n.accumulated_value for n in tree.nodes
+            ]
 
 
 def test_a_tree_of_one_chunk_is_plain_sampling():

@@ -77,7 +77,7 @@ class Chunk:
             that does not end its response.
         complete: Whether the response of a terminal has ended by itself and was not truncated.
         payload: Object that the generator attaches to the node and the tree does not read; a
-            `Written` in `train.rl.rollout.searching`.
+            `NodePayload` in `train.rl.rollout.searching`.
     """
 
     log_probs: Sequence[float] | np.ndarray
@@ -102,7 +102,7 @@ class Node:
         depth: Number of steps from the root to the node (d); 0 at the root.
         children: Children in the order of generation.
         visits: Number of visits (N).
-        value: Value accumulated by backups (q); see `back_up`.
+        accumulated_value: Value accumulated by backups (q); see `back_up`.
         backed_up: Whether the node is a terminal that was backed up.
     """
 
@@ -112,7 +112,7 @@ class Node:
     depth: int = 0
     children: "list[Node]" = dataclasses.field(default_factory=list)
     visits: int = 0
-    value: float = 0.0
+    accumulated_value: float = 0.0
     backed_up: bool = False
 
     @property
@@ -122,8 +122,8 @@ class Node:
 
     @property
     def mean_value(self) -> float:
-        """Value divided by the number of visits (Q); 0 without visits."""
-        return self.value / self.visits if self.visits else 0.0
+        """Accumulated value divided by the number of visits (Q); 0 without visits."""
+        return self.accumulated_value / self.visits if self.visits else 0.0
 
     @property
     def path(self) -> "list[Node]":
@@ -136,7 +136,7 @@ class Node:
         return found[::-1]
 
 
-def mean_entropy(nodes: Sequence[Node]) -> float:
+def mean_nll(nodes: Sequence[Node]) -> float:
     """Mean negative log-probability over the generated tokens of nodes (H); 0 without tokens."""
     tokens = sum(len(node.chunk.log_probs) for node in nodes)
     return -sum(node.chunk.log_prob for node in nodes) / tokens if tokens else 0.0
@@ -161,9 +161,9 @@ def back_up(terminal: Node, options: SearchOptions) -> None:
     """Back up the outcome of a terminal along its path, and count a visit of each node.
 
     For each node, the outcome is weighted by the node's depth (`backup_weight`). If the node's
-    value is 0 or has the sign of the outcome, the weighted outcome is added to the value. Otherwise
-    a positive weighted outcome replaces the negative value, and a negative outcome is ignored, so
-    that a positive value stays positive.
+    accumulated value is 0 or has the sign of the outcome, the weighted outcome is added to the
+    value. Otherwise a positive weighted outcome replaces the negative value, and a negative outcome
+    is ignored, so that a positive value stays positive.
 
     Args:
         terminal: Terminal node with an outcome.
@@ -174,10 +174,10 @@ def back_up(terminal: Node, options: SearchOptions) -> None:
     for node in terminal.path:
         found = backup_weight(node.depth, terminal.depth, options.backup) * outcome
         node.visits += 1
-        if node.value * found >= 0:
-            node.value += found
+        if node.accumulated_value * found >= 0:
+            node.accumulated_value += found
         elif found > 0:
-            node.value = found
+            node.accumulated_value = found
 
 
 def backup_weight(depth: int, last: int, mode: Literal["code", "paper"]) -> float:
@@ -210,7 +210,7 @@ def frontier_score(node: Node, max_depth: int, options: SearchOptions) -> float:
     """
     assert node.parent is not None
     depth = DEPTH_TERMS[options.depth_term](node.depth, max_depth)
-    uncertain = options.entropy_weight * mean_entropy([node]) if options.entropy_weight else 0.0
+    uncertain = options.entropy_weight * mean_nll([node]) if options.entropy_weight else 0.0
     value = options.value_weight * math.tanh(node.parent.mean_value)
     return value + uncertain + options.depth_weight * depth
 
@@ -219,8 +219,8 @@ def bounded_value(node: Node, options: SearchOptions) -> float:
     """Return the bounded value of a node, from which the advantages of its tokens are computed.
 
     The bounded value of a terminal is its outcome, 1 or -1. Any other node has the bounded value
-    q_max tanh(q / ε_q), where q is `Node.value`, q_max is `SearchOptions.value_scale` and ε_q is
-    `SearchOptions.value_temperature`.
+    q_max tanh(q / ε_q), where q is `Node.accumulated_value`, q_max is `SearchOptions.value_scale`
+    and ε_q is `SearchOptions.value_temperature`.
 
     Args:
         node: Node of a finished search.
@@ -228,7 +228,7 @@ def bounded_value(node: Node, options: SearchOptions) -> float:
     """
     if node.chunk.outcome is not None:
         return float(node.chunk.outcome)
-    return options.value_scale * math.tanh(node.value / options.value_temperature)
+    return options.value_scale * math.tanh(node.accumulated_value / options.value_temperature)
 
 
 def most_confident(terminals: Sequence[Node]) -> Node:
@@ -239,7 +239,7 @@ def most_confident(terminals: Sequence[Node]) -> Node:
     """
 
     def order(node: Node) -> tuple[bool, bool, float]:
-        return node.chunk.outcome != 1, not node.chunk.complete, mean_entropy(node.path)
+        return node.chunk.outcome != 1, not node.chunk.complete, mean_nll(node.path)
 
     return min(terminals, key=order)
 

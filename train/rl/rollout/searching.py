@@ -53,18 +53,18 @@ class Limits:
         return self.turns or -(-self.max_new_tokens // self.step_len)
 
     @property
-    def row(self) -> int:
+    def row_tokens(self) -> int:
         """Maximum number of tokens per row after the prompt."""
-        return max(self.turns, 1) * (self.max_new_tokens + self.turns_observe)
+        return max(self.turns, 1) * (self.max_new_tokens + self.observation_tokens)
 
     @property
-    def turns_observe(self) -> int:
+    def observation_tokens(self) -> int:
         """Maximum number of observation tokens after a turn; 0 for a task of one response."""
         return self.max_observation if self.turns else 0
 
 
 @dataclasses.dataclass(frozen=True)
-class Written:
+class NodePayload:
     """Generated text of a search node, linked to the generated texts of the node's ancestors.
 
     Attributes:
@@ -78,7 +78,7 @@ class Written:
     """
 
     sampled: Sampled
-    before: "Written | None"
+    before: "NodePayload | None"
     seen: Sequence[int] = ()
     play: EnvironmentEpisode | None = None
     completion: Completion | None = None
@@ -90,10 +90,10 @@ class Written:
         return len(self.sampled.tokens) + (0 if self.before is None else self.before.generated)
 
     @property
-    def path(self) -> "list[Written]":
+    def path(self) -> "list[NodePayload]":
         """Generated texts of the nodes on the path, from the first after the prompt to this one."""
-        found: list[Written] = []
-        at: Written | None = self
+        found: list[NodePayload] = []
+        at: NodePayload | None = self
         while at is not None:
             found.append(at)
             at = at.before
@@ -107,7 +107,7 @@ class Search:
     Attributes:
         group: Index of the problem in its step.
         problem: Problem that is searched.
-        copy: Number of earlier searches of the same problem in this step.
+        repeat: Number of earlier searches of the same problem in this step.
         prompt: Ids of the prompt.
         tree: Tree of the search.
         start: Episode before the first turn; None for a task of one response.
@@ -115,7 +115,7 @@ class Search:
 
     group: int
     problem: Problem
-    copy: int
+    repeat: int
     prompt: list[int]
     tree: SearchTree
     start: EnvironmentEpisode | None
@@ -174,7 +174,7 @@ class Searcher:
         batch = min(self._sampler.max_rows, len(searches) * self._options.width)
         cache = PrefixCache(
             self._sampler, batch, nodes, limits.cache_bytes,
-            bucket(longest, SHORTEST) + bucket(limits.row, SHORTEST), max(limits.turns, 1),
+            bucket(longest, SHORTEST) + bucket(limits.row_tokens, SHORTEST), max(limits.turns, 1),
         )  # fmt: skip
         going = searches
         while asked := [(s, e) for s in going if (e := s.tree.request()) is not None]:
@@ -192,7 +192,7 @@ class Searcher:
         found = []
         for number, end in enumerate(search.tree.outputs):
             row = TrajectoryBuilder(Rollout(search.group, search.problem, number), search.prompt)
-            last: Written = end.chunk.payload
+            last: NodePayload = end.chunk.payload
             values = np.zeros(len(search.prompt))
             if not self._limits.turns:
                 assert last.completion is not None
@@ -211,19 +211,19 @@ class Searcher:
         return found
 
     def _start(self, groups, problems, outputs) -> list[Search]:
-        copies: dict[str, int] = {}
+        repeats: dict[str, int] = {}
         found = []
         starts: Sequence[EnvironmentEpisode | None] = [None] * len(problems)
         if self._limits.turns:
             starts = begin_episodes(self._task, problems)
         for group, problem, target, start in zip(groups, problems, outputs, starts, strict=True):
-            copy = copies.get(problem.uid, 0)
-            copies[problem.uid] = copy + 1
-            lot = np.frombuffer(problem.uid.encode() + bytes([copy % 256]), np.uint8)
+            repeat = repeats.get(problem.uid, 0)
+            repeats[problem.uid] = repeat + 1
+            lot = np.frombuffer(problem.uid.encode() + bytes([repeat % 256]), np.uint8)
             rng = np.random.default_rng([*self._seed, *lot.tolist()])
             tree = SearchTree(target, self._limits.max_depth, self._options, rng)
             prompt = self._formatter.prompt([problem.prompt])
-            found.append(Search(group, problem, copy, prompt, tree, start))
+            found.append(Search(group, problem, repeat, prompt, tree, start))
         return found
 
     def _expand(self, asked: Sequence[tuple[Search, Expansion]], cache: PrefixCache) -> None:
@@ -290,7 +290,7 @@ class Searcher:
         self, cache: PrefixCache, rows: Sequence[tuple[Search, Node]], born: Sequence[int]
     ) -> Conversation:
         """Begin rows that continue nodes; problem and number of a new node decide its noise."""
-        numbers = [s.copy * _MOST_NODES + at for (s, _), at in zip(rows, born, strict=True)]
+        numbers = [s.repeat * _MOST_NODES + at for (s, _), at in zip(rows, born, strict=True)]
         prefixes: dict[int, Prefix] = {}
         for search, node in rows:  # siblings continue the same node
             if id(node) not in prefixes:
@@ -303,15 +303,15 @@ class Searcher:
         )
 
     def _generate(
-        self, conversation: Conversation, before: Sequence[Written | None], active: Any = None
+        self, conversation: Conversation, before: Sequence[NodePayload | None], active: Any = None
     ) -> list[Sampled]:
         """Generate the next chunk, or the response of the next turn, in each row."""
         limits = self._limits
         if limits.turns:
             events = np.full(len(before), -1) if self._sampler.weaves else None
             return conversation.respond(limits.max_new_tokens, active, events=events)
-        written = np.array([0 if at is None else at.generated for at in before])
-        left = np.minimum(limits.step_len, limits.max_new_tokens - written)
+        generated = np.array([0 if at is None else at.generated for at in before])
+        left = np.minimum(limits.step_len, limits.max_new_tokens - generated)
         events = None
         if self._sampler.weaves:
             events = np.array([_events(at) for at in before])
@@ -320,7 +320,7 @@ class Searcher:
     def _chunks(
         self,
         searches: Sequence[Search],
-        before: Sequence[Written | None],
+        before: Sequence[NodePayload | None],
         sampled: Sequence[Sampled],
     ) -> list[Chunk]:
         """Make chunks of generated tokens, and score those that end their responses."""
@@ -329,22 +329,22 @@ class Searcher:
 
     def _parts(self, searches, before, sampled) -> list[Chunk]:
         stop, most = self._sampler.sampling.stop, self._limits.max_new_tokens
-        made = [Written(*row) for row in zip(sampled, before, strict=True)]
+        made = [NodePayload(*row) for row in zip(sampled, before, strict=True)]
         finished = [part.tokens[-1] in stop for part in sampled]
         ends = [
-            row for row, written in enumerate(made) if finished[row] or written.generated >= most
+            row for row, payload in enumerate(made) if finished[row] or payload.generated >= most
         ]
         completions = [
             self._formatter.completion(searches[row].problem, _joined(made[row].path))
             for row in ends
         ]
-        chunks = [Chunk(written.sampled.log_probs, payload=written) for written in made]
+        chunks = [Chunk(payload.sampled.log_probs, payload=payload) for payload in made]
         for row, completion, reward in zip(
             ends, completions, score_all(self._task, completions), strict=True
         ):
-            written = dataclasses.replace(made[row], completion=completion, reward=reward)
+            payload = dataclasses.replace(made[row], completion=completion, reward=reward)
             outcome = 1 if reward.success else -1
-            chunks[row] = Chunk(sampled[row].log_probs, outcome, bool(finished[row]), written)
+            chunks[row] = Chunk(sampled[row].log_probs, outcome, bool(finished[row]), payload)
         return chunks
 
     def _turns(self, searches, before, sampled) -> list[Chunk]:
@@ -353,8 +353,8 @@ class Searcher:
             for search, part in zip(searches, sampled, strict=True)
         ]
         plays = []
-        for search, written in zip(searches, before, strict=True):
-            earlier = search.start if written is None else written.play
+        for search, parent in zip(searches, before, strict=True):
+            earlier = search.start if parent is None else parent.play
             assert earlier is not None
             plays.append(earlier.branch())
         observations = act_all(plays, completions)
@@ -364,12 +364,12 @@ class Searcher:
     def _turn(
         self,
         sampled: Sampled,
-        before: Written | None,
+        before: NodePayload | None,
         play: EnvironmentEpisode,
         completion: Completion,
         observation: str,
     ) -> Chunk:
-        made = Written(sampled, before, play=play, completion=completion)
+        made = NodePayload(sampled, before, play=play, completion=completion)
         if not play.over and len(play.rewards) < self._limits.turns:
             seen = self._formatter.observation(observation, self._limits.max_observation)
             return Chunk(sampled.log_probs, payload=dataclasses.replace(made, seen=seen))
@@ -407,18 +407,18 @@ class Searcher:
             counts["nodes"] += len(search.tree.nodes)
 
 
-def _path(written: Written | None) -> list[Written]:
-    return [] if written is None else written.path
+def _path(payload: NodePayload | None) -> list[NodePayload]:
+    return [] if payload is None else payload.path
 
 
-def _events(before: Written | None) -> int:
+def _events(before: NodePayload | None) -> int:
     """Count a response's events, without an event before its first token; -1 if not begun."""
     if before is None:
         return -1
     return int((_joined(before.path).decisions[1:] == 1).sum())
 
 
-def _joined(parts: Sequence[Written]) -> Sampled:
+def _joined(parts: Sequence[NodePayload]) -> Sampled:
     """Concatenate the chunks of a response."""
     sampled = [part.sampled for part in parts]
     return Sampled(

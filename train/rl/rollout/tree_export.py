@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from train.rl.rollout.formatter import PromptFormatter
-from train.rl.rollout.search_tree import mean_entropy
+from train.rl.rollout.search_tree import mean_nll
 from train.rl.rollout.searching import Search
 from train.runs.appended import append_objects, begins_with
 
@@ -34,18 +34,18 @@ def tree_json(search: Search, formatter: PromptFormatter) -> dict[str, Any]:
     frontier, outputs = set(tree.frontier), {end: at for at, end in enumerate(tree.outputs)}
     nodes = []
     for node in tree.nodes:
-        written = node.chunk.payload
-        ids = [] if written is None else written.sampled.tokens.tolist()
-        seen = [] if written is None else list(written.seen)
+        payload = node.chunk.payload
+        ids = [] if payload is None else payload.sampled.tokens.tolist()
+        seen = [] if payload is None else list(payload.seen)
         nodes.append(
             {
                 "parent": None if node.parent is None else node.parent.number,
                 "depth": node.depth,
                 "text": formatter.lm.tokenizer.decode([*ids, *seen]),
                 "tokens": len(ids),
-                "entropy": mean_entropy([node]),
+                "entropy": mean_nll([node]),
                 "visits": node.visits,
-                "value": node.value,
+                "value": node.accumulated_value,
                 "bounded": tree.bounded_value(node),
                 "outcome": node.chunk.outcome,
                 "output": outputs.get(node),
