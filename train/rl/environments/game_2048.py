@@ -16,7 +16,7 @@ Cells = tuple[tuple[int, ...], ...]
 
 
 @dataclasses.dataclass(frozen=True)
-class Pushed:
+class Game2048State:
     """State of a game of 2048.
 
     Attributes:
@@ -69,26 +69,26 @@ class Game2048(GeneratedEnvironment):
     def prompt(self, answer: int) -> str:
         return f"goal {self.goal}{_shown(self.begin(answer).cells)}"
 
-    def begin(self, answer: int) -> Pushed:
+    def begin(self, answer: int) -> Game2048State:
         cells = ((0,) * self.size,) * self.size
         for number in range(2):
             cells = _with_new_tile(cells, answer, number)
-        return Pushed(cells, answer)
+        return Game2048State(cells, answer)
 
-    def move(self, game: Pushed, said: str) -> Move | None:
+    def move(self, game: Game2048State, said: str) -> Move | None:
         if said.upper() not in WAYS or len(said) != 1:
             return None
         after = pushed(game.cells, said.upper())
         if after == game.cells:
             return Move(game, _shown(after))
         if max(map(max, after)) >= self.goal:
-            done = Pushed(after, game.seed, game.spawned)
+            done = Game2048State(after, game.seed, game.spawned)
             return Move(done, _shown(after), success=True)
         after = _with_new_tile(after, game.seed, game.spawned)
         stuck = all(pushed(after, way) == after for way in WAYS)
-        return Move(Pushed(after, game.seed, game.spawned + 1), _shown(after), lost=stuck)
+        return Move(Game2048State(after, game.seed, game.spawned + 1), _shown(after), lost=stuck)
 
-    def reminder(self, game: Pushed) -> str:
+    def reminder(self, game: Game2048State) -> str:
         return _shown(game.cells)
 
     def random_action(self, shown: Sequence[str], rng: np.random.Generator) -> str:

@@ -15,7 +15,7 @@ _FRONTIER = 20  # maximum number of cells whose mines are enumerated together
 
 
 @dataclasses.dataclass(frozen=True)
-class Field:
+class MinesweeperState:
     """State of a game of Minesweeper.
 
     Attributes:
@@ -73,27 +73,30 @@ class Minesweeper(GeneratedEnvironment):
         cells = self.rows * self.columns
         while True:
             first, *mines = rng.permutation(cells)[: self.mines + 1].tolist()
-            if len(self._opened(Field(frozenset(mines), frozenset()), first)) < cells - self.mines:
+            if (
+                len(self._opened(MinesweeperState(frozenset(mines), frozenset()), first))
+                < cells - self.mines
+            ):
                 return [first, *sorted(mines)], f"{self.mines} mines"
 
     def prompt(self, answer: Sequence[int]) -> str:
         return f"{self.mines} mines{self.reminder(self.begin(answer))}"
 
-    def begin(self, answer: Sequence[int]) -> Field:
-        field = Field(frozenset(answer[1:]), frozenset())
-        return Field(field.mines, self._opened(field, answer[0]))
+    def begin(self, answer: Sequence[int]) -> MinesweeperState:
+        field = MinesweeperState(frozenset(answer[1:]), frozenset())
+        return MinesweeperState(field.mines, self._opened(field, answer[0]))
 
-    def move(self, game: Field, said: str) -> Move | None:
+    def move(self, game: MinesweeperState, said: str) -> Move | None:
         cell = self._cell(said)
         if cell is None or cell in game.open:
             return None
         if cell in game.mines:
             return Move(game, self._shown(game, hit=cell), lost=True)
-        after = Field(game.mines, self._opened(game, cell))
+        after = MinesweeperState(game.mines, self._opened(game, cell))
         cleared = len(after.open) + len(game.mines) == self.rows * self.columns
         return Move(after, self._shown(after), cleared)
 
-    def reminder(self, game: Field) -> str:
+    def reminder(self, game: MinesweeperState) -> str:
         return self._shown(game)
 
     def _cell(self, said: str) -> int | None:
@@ -119,7 +122,7 @@ class Minesweeper(GeneratedEnvironment):
     def _count(self, mines: frozenset[int], cell: int) -> int:
         return sum(other in mines for other in self._around(cell))
 
-    def _opened(self, field: Field, cell: int) -> frozenset[int]:
+    def _opened(self, field: MinesweeperState, cell: int) -> frozenset[int]:
         found, waiting = set(field.open), [cell]
         while waiting:
             cell = waiting.pop()
@@ -129,7 +132,7 @@ class Minesweeper(GeneratedEnvironment):
                     waiting += self._around(cell)
         return frozenset(found)
 
-    def _shown(self, field: Field, hit: int | None = None) -> str:
+    def _shown(self, field: MinesweeperState, hit: int | None = None) -> str:
         def text(cell: int) -> str:
             if cell == hit:
                 return "*"
