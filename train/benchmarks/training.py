@@ -48,7 +48,7 @@ class TrainingBenchmark(ModelSizes):
 
 
 @dataclasses.dataclass(frozen=True)
-class Compiled:
+class TimedModel:
     """Functions of one model that are timed, and the FLOPs of the model's forward pass.
 
     Attributes:
@@ -106,7 +106,7 @@ def main(config: TrainingBenchmark) -> None:
           f"{bubbles.xla_flops / plain.xla_flops:.2f})")  # fmt: skip
 
 
-def prepare(config: TrainingBenchmark, fork_layers: tuple[int, ...]) -> Compiled:
+def prepare(config: TrainingBenchmark, fork_layers: tuple[int, ...]) -> TimedModel:
     """Make a model's functions to time; only the forward pass is compiled before its first call."""
     model = config.model_config(
         config.vocab_size,
@@ -128,7 +128,7 @@ def prepare(config: TrainingBenchmark, fork_layers: tuple[int, ...]) -> Compiled
         holder[0], metrics = step(holder[0], tokens)
         return metrics["loss"], holder[0].params
 
-    return Compiled(
+    return TimedModel(
         run_step,
         lambda: compiled(params, tokens),
         config.batch_size * model.forward_flops(config.seq_len),
