@@ -41,7 +41,7 @@ from train.runs.steps import (
     damaged,
     read_step,
     saved_steps,
-    verify,
+    verify_checkpoint,
 )
 
 _SHOWN = 3  # maximum number of leaves that an error names
@@ -202,7 +202,7 @@ class Checkpointer:
         step = chosen_step(self._directory, step)
         folder = self._directory / str(step)
         with sync_errors():
-            verify(folder, ("meta", *ITEMS), jax.process_index(), jax.process_count())
+            verify_checkpoint(folder, ("meta", *ITEMS), jax.process_index(), jax.process_count())
         envelope = checked_envelope(folder)
         restored = []
         for item, abstract in zip(ITEMS, (params_abstract, train_abstract), strict=True):
@@ -322,7 +322,7 @@ def load_params(
         directory, step = directory.parent, int(directory.name)
 
     def read(folder: Path) -> tuple[dict[str, Any], dict[Any, Any]]:
-        verify(folder, ("meta", "params"))
+        verify_checkpoint(folder, ("meta", "params"))
         envelope = checked_envelope(folder)
         targets = dict.fromkeys(envelope["leaves"]["params"])
         return envelope["meta"], nested(_read(folder, "params", targets, envelope))
@@ -344,7 +344,7 @@ def load_meta(path: str | os.PathLike[str]) -> dict[str, Any] | None:
         return None
 
     def read(folder: Path) -> dict[str, Any]:
-        verify(folder, ("meta",))
+        verify_checkpoint(folder, ("meta",))
         return checked_envelope(folder)["meta"]
 
     return read_step(directory, None, read)

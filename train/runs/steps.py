@@ -74,7 +74,9 @@ def read_step(directory: Path, step: int | None, read: Callable[[Path], _Content
             raise
 
 
-def verify(folder: Path, items: tuple[str, ...], share: int = 0, shares: int = 1) -> None:
+def verify_checkpoint(
+    folder: Path, items: tuple[str, ...], share: int = 0, shares: int = 1
+) -> None:
     """Verify the files of a checkpoint's items with `checksums.verify`.
 
     Raises:
