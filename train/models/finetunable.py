@@ -137,10 +137,10 @@ class FinetunableModel(nnx.Module):
         """
         tokens = jnp.maximum(rows["tokens"], 0)
         if self.memgen is None:
-            return self._read(tokens[:, :-1], rows, key)
-        return self._woven(tokens, rows["loss_mask"], key)
+            return self._plain_predictors(tokens[:, :-1], rows, key)
+        return self._woven_predictors(tokens, rows["loss_mask"], key)
 
-    def _read(self, inputs, rows, key):
+    def _plain_predictors(self, inputs, rows, key):
         decoder = self.backbone
         if self.adapter is not None:
             decoder = decoder.apply_lora(with_dropout(self.adapter, key))
@@ -151,7 +151,7 @@ class FinetunableModel(nnx.Module):
         position = rows["position"][:, :-1]
         return decoder.hidden_states(x, positions=position, visible=segment_mask(segment))
 
-    def _woven(self, tokens, loss_mask, key):
+    def _woven_predictors(self, tokens, loss_mask, key):
         memgen = self.memgen
         assert memgen is not None
         where = what = None
