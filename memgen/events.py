@@ -233,17 +233,17 @@ def _weave(
     state = _Weaving(waiting, session, placed_beside(latents, waiting), jnp.zeros_like(begins))
 
     def weave_all(state: _Weaving) -> _Weaving:
-        weaves = state.left > 0
+        weaves = state.waiting > 0
         made, new, keep = _weave_rows(decoders, request, state.session, weaves, inputs)
         new = new.astype(state.latents.dtype)
-        return _Weaving(jnp.zeros_like(state.left), made, new, keep)
+        return _Weaving(jnp.zeros_like(state.waiting), made, new, keep)
 
     in_groups = weaver_batch_size.shards * weaver_batch_size.rows < len(waiting)
     if in_groups and memgen.config.max_inference_events:
         many = 2 * (waiting > 0).sum() > len(waiting)
         state = apply_if(many | (begins & (waiting > 0)).any(), weave_all, state)
         weave_group = functools.partial(_weave_group, decoders, request, inputs, weaver_batch_size)
-        due = lambda state: weaver_batch_size.due(state.left, live)  # noqa: E731
+        due = lambda state: weaver_batch_size.due(state.waiting, live)  # noqa: E731
         state = jax.lax.while_loop(due, weave_group, state)
     else:
         state = weave_all(state)
@@ -255,14 +255,14 @@ def _weave(
         points=put(response.points, at, event, once),
     )
     session = state.session.replace(trigger=trigger)
-    loop = dataclasses.replace(loop, waiting=state.left, session=session, response=response)
+    loop = dataclasses.replace(loop, waiting=state.waiting, session=session, response=response)
     return loop, state.kept
 
 
 class _Weaving(NamedTuple):
     """State of the loop over groups: waiting steps of rows left to weave, and results so far."""
 
-    left: jax.Array
+    waiting: jax.Array
     session: Session
     latents: jax.Array
     kept: jax.Array
@@ -277,14 +277,14 @@ def _weave_group(
 ) -> _Weaving:
     """Apply `_weave_rows` to a group of the rows left to weave, those that waited longest."""
     axes = state.session.batch_axes(decoders.memgen.reasoner, decoders.weaver, None)
-    rows = RowGroup.next(state.left, weaver_batch_size.shards, weaver_batch_size.rows)
-    weaves = rows.take(state.left) > 0
+    rows = RowGroup.next(state.waiting, weaver_batch_size.shards, weaver_batch_size.rows)
+    weaves = rows.take(state.waiting) > 0
     session, new, keep = _weave_rows(
         decoders, request, rows.take(state.session, axes), weaves, rows.take(inputs)
     )
     old = rows.take(state.latents)
     return _Weaving(
-        rows.put(state.left, jnp.zeros_like(weaves, state.left.dtype)),
+        rows.put(state.waiting, jnp.zeros_like(weaves, state.waiting.dtype)),
         rows.put(state.session, session, axes),
         rows.put(state.latents, jnp.where(keep[:, None, None], new.astype(old.dtype), old)),
         rows.put(state.kept, rows.take(state.kept) | keep),
