@@ -58,7 +58,7 @@ PLAYERS = ("random", "scripted")
 MODEL = ModelConfig(
     vocab_size=ByteTokenizer.vocab_size, embed_dim=64, num_layers=2, num_heads=4, mlp_dim=256
 )
-SHOWN = 256  # number of the random player's episodes that supervised training uses
+DEMONSTRATIONS = 256  # number of the random player's episodes that supervised training uses
 ROWS = 64  # number of rows in a supervised step
 MAX_NEW_TOKENS = 8
 MAX_OBSERVATION = 64
@@ -136,7 +136,7 @@ def play_missing(config: Experiment, results: Results) -> Iterator[tuple[Result,
         runs = results.missing(common | sizes | {"player": arm} for arm in config.arms)
         if not runs:
             continue
-        start = shown_episodes(config, text, environment, seed)
+        start = behavior_cloned(config, text, environment, seed)
         if before not in results:
             yield scored(before, sampled_score(start, config.episodes))
         for run in runs:
@@ -221,7 +221,7 @@ def run_config(config: Experiment, environment: str, seed: int, **changes: Any) 
     return dataclasses.replace(base, **changes)
 
 
-def shown_episodes(config: Experiment, text: str, environment: Any, seed: int) -> RLJob:
+def behavior_cloned(config: Experiment, text: str, environment: Any, seed: int) -> RLJob:
     """Train a new decoder on the random player's actions, by supervised learning.
 
     Args:
@@ -237,7 +237,7 @@ def shown_episodes(config: Experiment, text: str, environment: Any, seed: int) -
     optimizer = OptimizerConfig(learning_rate=3e-3, weight_decay=0.1)
     run = run_config(config, text, seed, steps=config.supervised, optimizer=optimizer)
     job = RLJob(run, lm, environment)
-    problems = job.collector.problems("train", 0, SHOWN)
+    problems = job.collector.problems("train", 0, DEMONSTRATIONS)
     rows = [
         player_episode(lm, environment, Rollout(0, problem, number), seed)
         for number, problem in enumerate(problems)

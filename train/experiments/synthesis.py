@@ -60,7 +60,7 @@ MEMGEN = MemGenConfig(WeaverConfig(4, 0, lora=LoRAConfig(4, 8.0)), max_inference
 TRIGGER = TriggerConfig("reasoner_hidden")
 MAX_NEW_TOKENS = 4
 MAX_OBSERVATION = 10
-SHOWN = 512  # number of a player's episodes for supervised training
+DEMONSTRATIONS = 512  # number of a player's episodes for supervised training
 ROWS = 64  # number of rows of a supervised step
 MOST_STEPS = 10_000  # steps in an arm's config; `score_arm` decides when training ends
 
@@ -255,21 +255,21 @@ def taught(config: Experiment, seed: int) -> LanguageModel:
     options: Any = {"steps": config.supervised, **PLAIN}
     optimizer = OptimizerConfig(learning_rate=3e-3, weight_decay=0.1)
     job = make_job(config, lm, seed, train="all", optimizer=optimizer, **options)
-    reasoner = job.trainable.model(_shown(config, job, "random").variables).backbone.model
+    reasoner = job.trainable.model(_behavior_cloned(config, job, "random").variables).backbone.model
     lm = LanguageModel(reasoner, lm.tokenizer)
     optimizer = OptimizerConfig(learning_rate=1e-2, weight_decay=0.0)
     job = make_job(config, lm, seed, train="weaver", memgen=MEMGEN, optimizer=optimizer, **options)
-    woven = job.trainable.model(_shown(config, job, "scripted").variables).memgen
+    woven = job.trainable.model(_behavior_cloned(config, job, "scripted").variables).memgen
     return LanguageModel(reasoner, lm.tokenizer, woven)
 
 
-def _shown(config: Experiment, job: RLJob, player: str) -> TrainState:
+def _behavior_cloned(config: Experiment, job: RLJob, player: str) -> TrainState:
     """Run supervised training of a job's model on a player's episodes, and return the final state.
 
     If the job trains a weaver, each turn of an episode invokes memory with probability 1/2.
     """
     task, seed = make_task(config.environment, job.config.seed), job.config.seed
-    problems = job.collector.problems("train", 0, SHOWN)
+    problems = job.collector.problems("train", 0, DEMONSTRATIONS)
     rows = [
         player_episode(job.lm, task, Rollout(0, problem, number), seed, player, invokes=True)
         for number, problem in enumerate(problems)
