@@ -50,7 +50,12 @@ def of_rows(advantages, log_probs, old, **more) -> dict:
     old = padded(old)
     trained = ~np.isnan(old)
     spread = np.where(trained, np.asarray(advantages, np.float64)[:, None], np.nan)
-    found = {"log_probs": padded(log_probs), "old": old, "advantages": spread, "trained": trained}
+    found = {
+        "log_probs": padded(log_probs),
+        "old_log_probs": old,
+        "advantages": spread,
+        "loss_mask": trained,
+    }
     return found | {"valid": np.ones(len(old), bool)} | more
 
 
@@ -86,12 +91,12 @@ def test_five_rollouts(clip_high: float, advantages: np.ndarray, expected: dict[
 
 def test_divergence_from_the_reference():
     """k3 alone, by tokens and by rows, and with its coefficient in the loss."""
-    rows = of_rows(GRPO, NOW, OLD, reference=padded(REFERENCE))
+    rows = of_rows(GRPO, NOW, OLD, ref_log_probs=padded(REFERENCE))
     sums = derived(ClippedLoss(aggregate="sequence"), rows)[2]
     assert sums["ref_kl"] / 13 == pytest.approx(0.036757, abs=5e-7)
     added = mean(ClippedLoss(aggregate="sequence", kl=0.04), rows)
     assert added == pytest.approx(0.057099, abs=5e-7)
-    still = rows | {"advantages": np.zeros_like(rows["old"])}
+    still = rows | {"advantages": np.zeros_like(rows["old_log_probs"])}
     assert mean(ClippedLoss(aggregate="token", kl=1.0), still) == pytest.approx(0.036757, abs=5e-7)
     by_row = mean(ClippedLoss(aggregate="sequence", kl=1.0), still)
     assert by_row == pytest.approx(0.039071, abs=5e-7)
@@ -99,7 +104,7 @@ def test_divergence_from_the_reference():
 
 @pytest.mark.parametrize("now, reference, value", [(-1, -1.5, 0.106531), (-1, -0.8, 0.0214028)])
 def test_k3_of_one_token(now: float, reference: float, value: float):
-    rows = of_rows([0], [[now]], [[now]], reference=np.array([[reference]]))
+    rows = of_rows([0], [[now]], [[now]], ref_log_probs=np.array([[reference]]))
     assert derived(ClippedLoss(aggregate="token"), rows)[2]["ref_kl"] == pytest.approx(
         value, abs=5e-7
     )
@@ -171,8 +176,8 @@ def test_far_ratios_are_cut():
 def test_importance_weights_are_cut_before_aggregation():
     """Each token by its own weight, never the divergence, and without a gradient."""
     sampler = np.log([[0.25, 2.0, 0.1]])
-    rows = of_rows([1], [[0.0] * 3], [[0.0] * 3], sampler=sampler)
-    rows |= {"reference": np.full((1, 3), 0.2)}
+    rows = of_rows([1], [[0.0] * 3], [[0.0] * 3], sampling_log_probs=sampler)
+    rows |= {"ref_log_probs": np.full((1, 3), 0.2)}
     total, _, _, slope = derived(ClippedLoss(importance_cap=2.0, aggregate="token"), rows)
     assert total == pytest.approx(-(2 + 0.5 + 2), rel=1e-14)
     np.testing.assert_allclose(slope, [[-2, -0.5, -2]], rtol=1e-14)
@@ -195,7 +200,7 @@ def test_k3_as_a_loss_has_the_gradient_of_the_other_divergence():
             valid=jnp.ones(3, bool),
             max_length=1,
             weight=chances,
-            reference=reference[:, None],
+            ref_log_probs=reference[:, None],
         )
         return total / weight
 
@@ -248,13 +253,13 @@ def random_rows(seed: int, rows: int = 6, length: int = 7) -> dict:
     old = values(0.5, -1.5)
     return {
         "log_probs": values(0.4, old),
-        "old": old,
+        "old_log_probs": old,
         "advantages": values(1.0),
-        "trained": trained,
+        "loss_mask": trained,
         "valid": valid,
         "weight": np.where(valid, rng.uniform(0.2, 2, rows), np.nan),
-        "reference": values(0.4, old),
-        "sampler": values(0.2, old),
+        "ref_log_probs": values(0.4, old),
+        "sampling_log_probs": values(0.2, old),
     }
 
 
@@ -264,10 +269,16 @@ def token_by_token(config: ClippedLoss, rows: dict, max_length: int):
     sums = dict.fromkeys(("tokens", "clipped", "ratio", "approx_kl", "ref_kl"), 0.0)
     for k in np.flatnonzero(rows["valid"]):
         losses = []
-        for t in np.flatnonzero(rows["trained"][k]):
+        for t in np.flatnonzero(rows["loss_mask"][k]):
             now, old, advantage, reference, sampler = (
                 float(rows[name][k, t])
-                for name in ("log_probs", "old", "advantages", "reference", "sampler")
+                for name in (
+                    "log_probs",
+                    "old_log_probs",
+                    "advantages",
+                    "ref_log_probs",
+                    "sampling_log_probs",
+                )
             )
             ratio = math.exp(now - old)
             near = min(max(ratio, 1 - config.clip_low), 1 + config.clip_high)
@@ -301,7 +312,7 @@ def test_agrees_with_a_loop_over_tokens(config: ClippedLoss, seed: int):
     assert sums.keys() == expected.keys()
     for name, value in expected.items():
         np.testing.assert_allclose(sums[name], value, rtol=1e-12, err_msg=name)
-    counts = rows["trained"] & rows["valid"][:, None]
+    counts = rows["loss_mask"] & rows["valid"][:, None]
     np.testing.assert_array_equal(slope[~counts], 0)
     assert np.isfinite(slope).all() and (slope[counts] != 0).sum() > 10
 
@@ -341,7 +352,7 @@ def test_order_of_rows_and_padding_change_nothing(name: str):
     np.testing.assert_allclose(slope, whole[3][order], rtol=1e-13)
     # Whatever filler and untrained tokens hold.
     other = dict(rows)
-    for name in ("log_probs", "old", "advantages", "reference", "sampler"):
+    for name in ("log_probs", "old_log_probs", "advantages", "ref_log_probs", "sampling_log_probs"):
         other[name] = np.where(np.isnan(rows[name]), -np.inf, rows[name])
     jax.tree.map(np.testing.assert_array_equal, derived(config, other), whole)
     # Without the filler row at all.
@@ -380,7 +391,7 @@ def test_a_row_of_weight_two_is_two_rows():
 
 def test_a_row_without_trained_tokens_is_a_rollout_of_loss_zero():
     nothing = of_rows([1, 1], [[0.0, 0.0], [0.0, 0.0]], [[0.0, 0.0], [0.0, 0.0]])
-    nothing["trained"] = np.array([[True, True], [False, False]])
+    nothing["loss_mask"] = np.array([[True, True], [False, False]])
     values = {c.aggregate: mean(c, nothing) for c in PLAIN}
     assert values == {"sequence": -0.5, "token": -1.0, "constant": -0.25}
 
@@ -438,16 +449,21 @@ def test_the_loss_of_a_trigger_is_the_clipped_loss_of_its_decisions(kl: float):
     decisions = rng.integers(-1, 2, (4, 6))
     decisions[2] = -1
     rows = of_rows(rng.normal(size=4), *(np.log(rng.uniform(0.2, 0.9, (2, 4, 6))).tolist()))
-    rows |= {"trained": decisions >= 0, "reference": rows["old"] - 0.1}
+    rows |= {"loss_mask": decisions >= 0, "ref_log_probs": rows["old_log_probs"] - 0.1}
     expected = derived(ClippedLoss(aggregate="sequence", kl=kl), rows)
 
     def total(log_probs):
         return memgen.trigger_loss(
-            log_probs, decisions, rows["advantages"][:, 0], rows["old"], rows["reference"], kl=kl
+            log_probs,
+            decisions,
+            rows["advantages"][:, 0],
+            rows["old_log_probs"],
+            rows["ref_log_probs"],
+            kl=kl,
         )
 
     found, slope = jax.jit(jax.value_and_grad(total, has_aux=True))(rows["log_probs"])
     np.testing.assert_allclose(found, expected[:2], rtol=1e-12)
     np.testing.assert_allclose(slope, expected[3], rtol=1e-12)
     with pytest.raises(ValueError, match="kl=0.1 needs the reference"):
-        memgen.trigger_loss(rows["old"], decisions, np.ones(4), kl=0.1)
+        memgen.trigger_loss(rows["old_log_probs"], decisions, np.ones(4), kl=0.1)

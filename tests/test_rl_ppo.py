@@ -412,6 +412,6 @@ def test_a_value_head_that_diverges_is_named(tmp_path):
 
 def test_any_method_takes_the_advantage_and_groups_of_one():
     config = RLConfig(method="dapo(filter_groups=False)", advantage="gae", num_generations=1)
-    assert config.parts.advantage.critic == ValueLoss(0.2, 0.5)
+    assert config.parts.advantage.value_loss == ValueLoss(0.2, 0.5)
     assert RLConfig(method="ppo", num_generations=1, train="weaver").parts.loss == PPO().loss
-    assert RLConfig(method="ppo", advantage="rloo").parts.advantage.critic is None
+    assert RLConfig(method="ppo", advantage="rloo").parts.advantage.value_loss is None

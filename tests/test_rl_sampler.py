@@ -81,9 +81,9 @@ EPISODES = (1, 1, 3, 0, 1, 2)
 
 
 def make_sampler(name: str, max_rows: int = 64, **changes) -> tuple[Sampler, FinetunableModel]:
-    method, model, config, memory = POLICIES[name]
+    method, model, config, trigger_policy = POLICIES[name]
     policy = finetunable(method, model, SEEDS.get(name, 0), config)
-    how = sampling(**{"stop": STOP, "memory": memory} | changes)
+    how = sampling(**{"stop": STOP, "trigger_policy": trigger_policy} | changes)
     return Sampler(sampler_of(policy), how, max_rows, MESH), policy
 
 
@@ -171,7 +171,7 @@ def test_one_row_and_an_end_at_the_first_token():
     rows, policy = collect(
         "plain", counts=(1,), valid_vocab_size=len(STOP), stop=tuple(range(len(STOP)))
     )
-    assert [row.written for row in rows] == [1]
+    assert [row.num_generated for row in rows] == [1]
     found, arrays = scored(rows, policy, valid_vocab_size=len(STOP))
     np.testing.assert_allclose(found, arrays["sampler"], atol=1e-4)
 
@@ -254,7 +254,7 @@ def test_every_strategy_makes_the_rollouts_that_were_planned(word):
         pytest.param("trigger on forks", True, {}, marks=pytest.mark.experiment),
         # Near temperature 0 the likelier one is drawn, by the program that draws.
         pytest.param(
-            *("trigger", False, {"memory": memgen.LearnedInvoke(1e-4, sample=True)}),
+            *("trigger", False, {"trigger_policy": memgen.LearnedInvoke(1e-4, sample=True)}),
         ),
     ],
     ids=["stream", "hidden states of forks", "tokens"],
@@ -306,7 +306,8 @@ def test_a_shared_prompt_is_read_once_and_changes_nothing(name):
         ("plain", False, {}),
         pytest.param("trigger on the stream", True, {}, marks=pytest.mark.experiment),
         pytest.param(
-            *("weaver", True, {"memory": memgen.RandomInvoke(0.5)}), marks=pytest.mark.experiment
+            *("weaver", True, {"trigger_policy": memgen.RandomInvoke(0.5)}),
+            marks=pytest.mark.experiment,
         ),
         pytest.param("weaver", False, {}, marks=pytest.mark.experiment),
         pytest.param("trigger on forks", True, {}, marks=pytest.mark.experiment),

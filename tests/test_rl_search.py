@@ -85,7 +85,7 @@ def test_branched_rows_are_scored_as_they_were_sampled(name):
     assert [sum(row.group == group for row in made.rows) for group in range(6)] == list(COUNTS)
     scores, arrays = scored(made.rows, made.policy, valid_vocab_size=ASCII)
     np.testing.assert_allclose(scores, arrays["sampler"], atol=1e-4)
-    assert max(row.written for row in made.rows) > 8, "three chunks"
+    assert max(row.num_generated for row in made.rows) > 8, "three chunks"
     assert {len(row.begins) for row in made.rows} == {1}
     assert made.metrics["search/reprefills"] == 0
     assert made.metrics["search/prefills"] == made.sampler.prefills == 5, "one for each prompt"
@@ -144,8 +144,8 @@ def test_a_turn_is_a_node(name):
     scores, arrays = scored(made.rows, made.policy, valid_vocab_size=ASCII)
     np.testing.assert_allclose(scores, arrays["sampler"], atol=1e-4)
     if name == "trigger":
-        memory = made.sampler.sampling.memory
-        assert memory.learned and {0, 1} <= set(arrays["decisions"].ravel().tolist())
+        trigger_policy = made.sampler.sampling.trigger_policy
+        assert trigger_policy.learned and {0, 1} <= set(arrays["decisions"].ravel().tolist())
         assert np.isfinite(of_parts(decided, made.policy, arrays_of(made.rows))).all()
 
 
@@ -195,8 +195,8 @@ def test_advantages_of_a_tree_are_values_less_the_mean_outcome():
             np.testing.assert_allclose(ours[index], values[index] + 0.5)
             np.testing.assert_array_equal(kept[index], ours[index])
             tree = [r for r in given if r.group == 0]
-            fine = [-max(0, r.written - 4) / 60 for r in tree]
-            mine = -max(0, row.written - 4) / 60
+            fine = [-max(0, r.num_generated - 4) / 60 for r in tree]
+            mine = -max(0, row.num_generated - 4) / 60
             expected = values[index] + mine - np.mean([-0.5 + f for f in fine])
             np.testing.assert_allclose(shaped[index], expected)
         elif row.group == 3:

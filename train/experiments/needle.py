@@ -218,7 +218,7 @@ def compare(
     search(1)  # compiles
     searcher, searches, cost = search(2)
     spent = [sum(len(node.chunk.log_probs) for node in s.tree.nodes) for s in searches]
-    mean = float(np.mean([row.written for row in rows]))
+    mean = float(np.mean([row.num_generated for row in rows]))
     counts = [int(np.ceil(tokens / mean)) for tokens in spent]
     batch = min(sampler.max_rows, len(cases) * strategy.width)  # that of searches
     sampler = Sampler(sampler.policy, sampler.sampling, batch, job.trainable.mesh)

@@ -204,11 +204,11 @@ class Stages:
             drawn.append(collected.drawn)
         return Trained(
             job.trainable.model(state.variables).memgen,
-            job.sampling().memory,
+            job.sampling().trigger_policy,
             {
                 "steps": config.steps,
                 "rollouts": sum(map(len, drawn)),
-                "tokens": sum(row.written for rows in drawn for row in rows),
+                "tokens": sum(row.num_generated for rows in drawn for row in rows),
             },
             curves(drawn),
         )

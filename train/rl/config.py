@@ -191,7 +191,7 @@ class RLConfig(LoopConfig):
                 f"{parts.advantage.word} goes by the rewards of turns, which no reward shaping "
                 "changes: leave reward out, or choose another advantage"
             )
-        if parts.advantage.critic is not None:
+        if parts.advantage.value_loss is not None:
             self._check_critic(parts)
         if parts.loss.uses_sampler and self.train == "trigger":
             raise ValueError(
@@ -274,8 +274,8 @@ class RLConfig(LoopConfig):
 
     @property
     def scaled_optimizer(self) -> OptimizerConfig:
-        """Optimizer config whose learning rate is multiplied by the method's `rate_scale`."""
-        scale = self.recipe.rate_scale(self.batch_size, self.rollouts // self.batch_size)
+        """Optimizer config with the learning rate times the method's `learning_rate_scale`."""
+        scale = self.recipe.learning_rate_scale(self.batch_size, self.rollouts // self.batch_size)
         rate = self.optimizer.learning_rate * scale
         return dataclasses.replace(self.optimizer, learning_rate=rate)
 

@@ -74,7 +74,7 @@ class PolicyWrapper:
     boundary: bytes | None
     seed: int
     value_head: bool = False
-    value_rate: float = 1.0
+    value_rate_factor: float = 1.0
     """Factor on the learning rate of the value head."""
 
     @property
@@ -129,9 +129,10 @@ def _trainable_of(architecture: Any, *arguments: Any) -> Trainable:
     del architecture  # only a part of the cache's key, which tells redefined classes apart
     wrap: PolicyWrapper = arguments[-1]
     made = make_trainable(*arguments[:-1], wrap.trained, wrap)  # pyright: ignore[reportCallIssue]
-    if wrap.value_rate == 1:
+    factor = wrap.value_rate_factor
+    if factor == 1:
         return made
-    return dataclasses.replace(made, optimizer=with_value_rate(made.optimizer, wrap.value_rate))
+    return dataclasses.replace(made, optimizer=with_value_rate(made.optimizer, factor))
 
 
 class RLJob:
@@ -169,14 +170,15 @@ class RLJob:
         model = self.lm.model
         model.check_cacheable()
         self.task = make_task(config.task, config.seed) if task is None else task
-        for shaping in config.parts.reward:
+        parts = config.parts
+        for shaping in parts.reward:
             self.task = shaping.of_task(self.task)
         self._fingerprint = fingerprint(self.task)
         self.memgen, table = self._memory()
         boundary = None if table is None else np.asarray(table, np.uint8).tobytes()
         self._wrap = PolicyWrapper(
             config.train, config.lora, self.memgen, boundary, config.seed,
-            value_head=config.parts.advantage.critic is not None, value_rate=_value_rate(config),
+            parts.advantage.value_loss is not None, _value_rate_factor(config),
         )  # fmt: skip
         self.trainable = trainable_of(
             model.config,
@@ -189,7 +191,6 @@ class RLJob:
         )
         shards = int(np.prod([mesh.shape[name] for name in batch_axes(mesh)]))
         self._multiple = shards * config.minibatches * config.accumulate
-        parts = config.parts
         self.collector = Collector(
             config,
             self.task,
@@ -261,14 +262,14 @@ class RLJob:
             greedy: Whether tokens are sampled at temperature 0, as for held-out problems. The
                 decisions of a trigger are always sampled at temperature 1.
         """
-        memory: Any = memgen.NeverInvoke()
+        trigger_policy: Any = memgen.NeverInvoke()
         if self.config.train == "weaver":
-            memory = memgen.AlwaysInvoke()
+            trigger_policy = memgen.AlwaysInvoke()
         elif self.config.train == "trigger":
-            memory = memgen.LearnedInvoke(1.0, sample=True)
+            trigger_policy = memgen.LearnedInvoke(1.0, sample=True)
         tokenizer = self.lm.tokenizer
         temperature = 0.0 if greedy else self.config.temperature
-        return Sampling(temperature, tokenizer.vocab_size, self.lm.stop_ids, memory)
+        return Sampling(temperature, tokenizer.vocab_size, self.lm.stop_ids, trigger_policy)
 
     def first_state(self) -> TrainState:
         """Return the state before the first step, with the variables of `first_variables`."""
@@ -363,7 +364,7 @@ class RLJob:
             log-probabilities under `variables`.
         """
         config, shape = self.config, (self._multiple, self.events_per_row)
-        if config.parts.advantage.critic is None:
+        if config.parts.advantage.value_loss is None:
             episodes = Episodes.from_trajectories(trajectories)
             return make_rows(
                 trajectories, assign_advantages(trajectories, episodes, config), *shape
@@ -437,7 +438,7 @@ def _why_unshared(config: RLConfig, model: Architecture) -> str:
     return ""
 
 
-def _value_rate(config: RLConfig) -> float:
+def _value_rate_factor(config: RLConfig) -> float:
     """Return the ratio of the value head's learning rate to the policy's; 1 by default."""
     rate = config.parts.advantage.value_rate
     return 1.0 if rate is None else rate / config.scaled_optimizer.learning_rate

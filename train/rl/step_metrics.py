@@ -97,7 +97,7 @@ def timing_metrics(
         all generated tokens; and `update_tokens_per_second`, which counts each trained token once
         per epoch.
     """
-    trained = sum(row.written for row in collected.trajectories)
+    trained = sum(row.num_generated for row in collected.trajectories)
     return {
         "rollout_seconds": rollout_seconds,
         "update_seconds": update_seconds,

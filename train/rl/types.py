@@ -153,7 +153,7 @@ class Trajectory:
     source: Source = "direct"
 
     @property
-    def written(self) -> int:
+    def num_generated(self) -> int:
         """Number of tokens that the policy generated."""
         return int(self.trained.sum())
 
@@ -208,14 +208,14 @@ class Episodes:
         for index, row in enumerate(trajectories):
             found.setdefault((row.group, row.episode), []).append(index)
         first = [trajectories[rows[0]] for rows in found.values()]
-        written = [sum(trajectories[row].written for row in rows) for rows in found.values()]
+        length = [sum(trajectories[row].num_generated for row in rows) for rows in found.values()]
         return cls(
             list(found.values()),
             np.array([row.group for row in first]),
             np.array([row.reward.value for row in first], np.float64),
             np.array([row.reward.success for row in first], bool),
             np.array([_verdict(row.reward) for row in first], np.float64),
-            np.array(written),
+            np.array(length),
         )
 
     @property

@@ -33,11 +33,11 @@ class ValueLoss:
             raise ValueError(f"value_coef={self.coef}: choose more than 0")
 
     def __call__(
-        self, values: jax.Array, old: jax.Array, returns: jax.Array, counts: jax.Array
+        self, values: jax.Array, old: jax.Array, returns: jax.Array, loss_mask: jax.Array
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Compute the loss of each token.
 
-        Only `values` gets a gradient. Entries where `counts` is False may be NaN.
+        Only `values` gets a gradient. Entries where `loss_mask` is False may be NaN.
 
         Args:
             values: Value of the state before each token under the parameters being optimised,
@@ -45,14 +45,14 @@ class ValueLoss:
             old: Value of the state before each token under the parameters that collected the batch,
                 `[K, L]`.
             returns: Target of the value: the return from each token on, `[K, L]`.
-            counts: Loss mask, `[K, L]` bool.
+            loss_mask: Tokens that are trained, `[K, L]` bool.
 
         Returns:
             Loss of each token, `[K, L]`, 0 outside of the loss mask; and a dict of sums over
             tokens: `value_loss` without the weight c, and `value_clipped`, the number of values
             whose gradient the clip sets to 0.
         """
-        known = lambda array: jnp.where(counts, array, 0)  # noqa: E731
+        known = lambda array: jnp.where(loss_mask, array, 0)  # noqa: E731
         values, old, returns = known(values), known(old), known(returns)
         old, returns = jax.lax.stop_gradient((old, returns))
         plain = clipped = jnp.square(values - returns)
@@ -97,8 +97,8 @@ def value_metrics(rows: Mapping[str, np.ndarray]) -> dict[str, float]:
         The mean `value`, and `explained_variance`, 1 - Var(R - V) / Var(R): 1 for perfect values, 0
         for constant values, negative for worse values; also 0 where the returns do not vary.
     """
-    counts = rows["trained"] & rows["valid"][:, None]
-    values, returns = (rows[name][counts].astype(np.float64) for name in ("values", "returns"))
+    trained = rows["trained"] & rows["valid"][:, None]
+    values, returns = (rows[name][trained].astype(np.float64) for name in ("values", "returns"))
     variance = returns.var()
     explained = 1 - (returns - values).var() / variance if variance > 0 else 0.0
     return {"value": float(values.mean()), "explained_variance": float(explained)}

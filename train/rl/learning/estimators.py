@@ -37,7 +37,7 @@ class Advantage:
     """Whether the estimator uses the rewards of turns, not the shaped rewards of episodes."""
 
     @property
-    def critic(self) -> ValueLoss | None:
+    def value_loss(self) -> ValueLoss | None:
         """Loss of the value head, for an estimator that needs one on the policy; else None."""
         return None
 
@@ -239,10 +239,10 @@ class GAE(Advantage):
             raise ValueError(f"gamma={self.gamma}: choose more than 0 and at most 1")
         if not 0 <= self.lam <= 1:
             raise ValueError(f"lam={self.lam}: choose from 0 to 1")
-        _ = self.critic  # its constructor checks the options of the value loss
+        _ = self.value_loss  # its constructor checks the options of the value loss
 
     @property
-    def critic(self) -> ValueLoss:
+    def value_loss(self) -> ValueLoss:
         return ValueLoss(self.value_clip, self.value_coef)
 
     @property

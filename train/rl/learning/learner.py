@@ -59,7 +59,7 @@ class _Same:
 def _programs(
     trainable: _Same,
     loss: PolicyLoss,
-    critic: ValueLoss | None,
+    value_loss: ValueLoss | None,
     sampling: Sampling,
     max_length: int,
     accumulate: int,
@@ -73,12 +73,12 @@ def _programs(
         """Compute the loss of rows, as a `train.engine.step.Loss`; the PRNG key is not used."""
         del key
         rows, values = flat(rows), None
-        if critic is None:
+        if value_loss is None:
             now = scores(model, rows, sampling)
         else:
             now, values = scores_and_values(model, rows, sampling)
         old = jnp.where(rows["first"][:, None], jax.lax.stop_gradient(now), rows["old"])
-        trained = action_mask(model, rows)
+        loss_mask = action_mask(model, rows)
         common: dict[str, Any] = {
             "valid": rows["valid"], "weight": rows["weight"], "max_length": max_length
         }  # fmt: skip
@@ -86,15 +86,15 @@ def _programs(
             now,
             old,
             rows["advantages"],
-            trained,
-            reference=rows.get("reference"),
-            sampler=rows["sampler"] if loss.uses_sampler else None,
+            loss_mask,
+            ref_log_probs=rows.get("reference"),
+            sampling_log_probs=rows["sampler"] if loss.uses_sampler else None,
             **common,
         )
-        if critic is not None and values is not None:
-            counts = trained & rows["valid"][:, None]
-            of_values, more = critic(values, rows["values"], rows["returns"], counts)
-            total, sums = total + loss.reduce(of_values, counts, **common)[0], sums | more
+        if value_loss is not None and values is not None:
+            valid_mask = loss_mask & rows["valid"][:, None]
+            of_values, more = value_loss(values, rows["values"], rows["returns"], valid_mask)
+            total, sums = total + loss.reduce(of_values, valid_mask, **common)[0], sums | more
         return total, denominator, sums
 
     def scoring(score: Callable[..., Any]) -> Callable[[Any, Any], Any]:
@@ -107,7 +107,7 @@ def _programs(
     return Programs(
         make_train_step(of, accumulate, policy_loss),
         scoring(scores),
-        scoring(scores_and_values) if critic is not None else None,
+        scoring(scores_and_values) if value_loss is not None else None,
     )
 
 
@@ -139,7 +139,7 @@ class Learner:
         self._multiple = shards * config.accumulate
         parts = config.parts
         key = (
-            _Same(trainable), parts.loss, parts.advantage.critic, sampling, max_length,
+            _Same(trainable), parts.loss, parts.advantage.value_loss, sampling, max_length,
             config.accumulate,
         )  # fmt: skip
         try:

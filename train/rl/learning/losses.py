@@ -44,15 +44,15 @@ class PolicyLoss:
     def __call__(
         self,
         log_probs: jax.Array,
-        old: jax.Array,
+        old_log_probs: jax.Array,
         advantages: jax.Array,
-        trained: jax.Array,
+        loss_mask: jax.Array,
         *,
         valid: jax.Array,
         max_length: int,
         weight: jax.Array | None = None,
-        reference: jax.Array | None = None,
-        sampler: jax.Array | None = None,
+        ref_log_probs: jax.Array | None = None,
+        sampling_log_probs: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
         """Compute the numerator and denominator of the loss, to be minimised, and metrics.
 
@@ -63,19 +63,20 @@ class PolicyLoss:
         Args:
             log_probs: Log-probabilities of tokens under the parameters being optimised, `[K, L]`
                 for `K` rows of `L` tokens.
-            old: Log-probabilities under the parameters that sampled the data, as the learner (not
-                the sampler) computes them, `[K, L]`.
+            old_log_probs: Log-probabilities under the parameters that sampled the data, as the
+                learner (not the sampler) computes them, `[K, L]`.
             advantages: Advantage of each token, `[K, L]`.
-            trained: Loss mask, the tokens that the policy generated, `[K, L]` bool.
+            loss_mask: Tokens that are trained, those that the policy generated, `[K, L]` bool.
             valid: Rows that are not padding, `[K]` bool. A valid row without trained tokens has
                 loss 0 and counts as a rollout in the means "sequence" and "constant". Leaving the
                 row out would be a bias, since the policy can influence whether there is anything to
                 decide.
             max_length: Maximum number of trained tokens per row, the divisor in "constant".
             weight: Multiplicity of each row in numerator and denominator, `[K]`; None for 1.
-            reference: Log-probabilities under the reference policy, `[K, L]`; given if
+            ref_log_probs: Log-probabilities under the reference policy, `[K, L]`; given if
                 `uses_reference`.
-            sampler: Log-probabilities that the sampler computed, `[K, L]`; given if `uses_sampler`.
+            sampling_log_probs: Log-probabilities that the sampler computed, `[K, L]`; given if
+                `uses_sampler`.
 
         Returns:
             Numerator, denominator, and a mapping from metric name to its sum over trained tokens,
@@ -86,7 +87,7 @@ class PolicyLoss:
     def reduce(
         self,
         loss: jax.Array,
-        counts: jax.Array,
+        loss_mask: jax.Array,
         *,
         valid: jax.Array,
         max_length: int,
@@ -101,7 +102,7 @@ class PolicyLoss:
         Args:
             loss: Loss of each token of `K` rows of `L` tokens, `[K, L]`, 0 outside of the loss
                 mask.
-            counts: Loss mask, `[K, L]` bool.
+            loss_mask: Tokens that are trained, `[K, L]` bool.
             valid: Rows that are not padding, `[K]` bool.
             max_length: Maximum number of trained tokens per row.
             weight: Multiplicity of each row in numerator and denominator, `[K]`; None for 1.
@@ -174,15 +175,15 @@ class ClippedLoss(PolicyLoss):
     def __call__(
         self,
         log_probs: jax.Array,
-        old: jax.Array,
+        old_log_probs: jax.Array,
         advantages: jax.Array,
-        trained: jax.Array,
+        loss_mask: jax.Array,
         *,
         valid: jax.Array,
         max_length: int,
         weight: jax.Array | None = None,
-        reference: jax.Array | None = None,
-        sampler: jax.Array | None = None,
+        ref_log_probs: jax.Array | None = None,
+        sampling_log_probs: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
         """Compute the clipped loss; arguments are as in `PolicyLoss.__call__`.
 
@@ -197,26 +198,27 @@ class ClippedLoss(PolicyLoss):
             ValueError: Log-probabilities that an option needs are missing, the shapes differ, or
                 `max_length` is below 1.
         """
-        if self.kl and reference is None:
+        if self.kl and ref_log_probs is None:
             raise ValueError(f"kl={self.kl} needs the reference's log-probabilities")
-        if self.importance_cap is not None and sampler is None:
+        if self.importance_cap is not None and sampling_log_probs is None:
             raise ValueError(f"importance_cap={self.importance_cap} needs the sampler's")
         if max_length < 1:
             raise ValueError(f"max_length={max_length}: choose 1 or more")
-        counts = trained & valid[:, None]
+        loss_mask = loss_mask & valid[:, None]
 
         def known(values: jax.Array) -> jax.Array:
             """Set entries outside of the loss mask to 0 first, as a NaN times 0 would be NaN."""
-            if values.shape != trained.shape:
+            if values.shape != loss_mask.shape:
                 raise ValueError(
-                    f"log-probabilities {values.shape} are not of tokens {trained.shape}"
+                    f"log-probabilities {values.shape} are not of tokens {loss_mask.shape}"
                 )
-            return jnp.where(counts, values, 0)
+            return jnp.where(loss_mask, values, 0)
 
         def constant(values: jax.Array) -> jax.Array:
             return jax.lax.stop_gradient(known(values))
 
-        log_probs, old, advantages = known(log_probs), constant(old), constant(advantages)
+        log_probs, old = known(log_probs), constant(old_log_probs)
+        advantages = constant(advantages)
         exponent = _cut(log_probs - old)
         ratio = jnp.exp(exponent)
         plain = -advantages * ratio
@@ -225,34 +227,34 @@ class ClippedLoss(PolicyLoss):
         if self.dual_clip is not None:
             bounded = jnp.minimum(loss, -self.dual_clip * advantages)
             loss = jnp.where(advantages < 0, bounded, loss)
-        if self.importance_cap is not None and sampler is not None:
-            drawn = jnp.exp(_cut(old - constant(sampler)))
+        if self.importance_cap is not None and sampling_log_probs is not None:
+            drawn = jnp.exp(_cut(old - constant(sampling_log_probs)))
             loss = loss * jnp.minimum(drawn, self.importance_cap)
         sums = {
-            "tokens": counts.sum(dtype=loss.dtype),
+            "tokens": loss_mask.sum(dtype=loss.dtype),
             "clipped": (clipped > plain).sum(dtype=loss.dtype),
-            "ratio": jnp.where(counts, ratio, 0).sum(),
+            "ratio": jnp.where(loss_mask, ratio, 0).sum(),
             "approx_kl": (jnp.expm1(exponent) - exponent).sum(),
         }
-        if reference is not None:
-            kl = _k3(log_probs, constant(reference))
+        if ref_log_probs is not None:
+            kl = _k3(log_probs, constant(ref_log_probs))
             sums["ref_kl"] = kl.sum()
             loss = loss + self.kl * kl
         numerator, denominator = self.reduce(
-            loss, counts, valid=valid, max_length=max_length, weight=weight
+            loss, loss_mask, valid=valid, max_length=max_length, weight=weight
         )
         return numerator, denominator, jax.lax.stop_gradient(sums)
 
     def reduce(
         self,
         loss: jax.Array,
-        counts: jax.Array,
+        loss_mask: jax.Array,
         *,
         valid: jax.Array,
         max_length: int,
         weight: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array]:
-        return _aggregate(self.aggregate, loss, counts, valid, weight, max_length)
+        return _aggregate(self.aggregate, loss, loss_mask, valid, weight, max_length)
 
 
 LOSS_OPTIONS = tuple(field.name for field in dataclasses.fields(ClippedLoss))
@@ -274,13 +276,13 @@ def _k3(log_probs: jax.Array, reference: jax.Array) -> jax.Array:
 def _aggregate(
     aggregate: Aggregate,
     loss: jax.Array,
-    counts: jax.Array,
+    loss_mask: jax.Array,
     valid: jax.Array,
     weight: jax.Array | None,
     max_length: int,
 ) -> tuple[jax.Array, jax.Array]:
     """Reduce losses `[K, L]`, 0 outside of the loss mask, to numerator and denominator."""
-    tokens = counts.sum(axis=1, dtype=loss.dtype)
+    tokens = loss_mask.sum(axis=1, dtype=loss.dtype)
     of_row = jnp.ones_like(tokens) if weight is None else jax.lax.stop_gradient(weight)
     of_row = jnp.where(valid, of_row, 0).astype(loss.dtype)
     total = loss.sum(axis=1)

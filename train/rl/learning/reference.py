@@ -19,8 +19,8 @@ class Reference:
         first_variables: Function that returns the initial variables of the run
             (`TrainState.variables`).
         used: Whether the loss reads the reference policy.
-        every: Number of steps between resets of the reference policy to the current policy; None
-            for no resets.
+        reset_every: Number of steps between resets of the reference policy to the current policy;
+            None for no resets.
     """
 
     def __init__(
@@ -28,11 +28,11 @@ class Reference:
         trainable: Trainable,
         first_variables: Callable[[], Any],
         used: bool,
-        every: int | None,
+        reset_every: int | None,
     ):
         self._trainable, self._first_variables = trainable, first_variables
         self._used = used
-        self.every = every if used else None
+        self.reset_every = reset_every if used else None
         self._params: Any = None
 
     @property
@@ -49,13 +49,13 @@ class Reference:
         return self._trainable.abstract.params
 
     def reset_if_due(self, steps_done: int, params: Any) -> None:
-        """Reset the reference policy to a copy of the current parameters every `every` steps.
+        """Reset the reference policy to a copy of the current parameters every `reset_every` steps.
 
         Args:
             steps_done: Number of steps so far.
             params: Trained parameters of the current policy, a pytree.
         """
-        if self.every is not None and steps_done and steps_done % self.every == 0:
+        if self.reset_every is not None and steps_done and steps_done % self.reset_every == 0:
             self.restore(jax.tree.map(lambda leaf: leaf.copy(), params))
 
     def restore(self, params: Any) -> None:
@@ -90,14 +90,14 @@ class ReferenceCheckpointer(Checkpointer):
     def save(
         self, step: int, params: Any, train: Any, meta: Mapping[str, Any], force: bool = False
     ) -> bool:
-        if self._reference.every is not None:
+        if self._reference.reset_every is not None:
             train = {"rest": train, "reference": self._reference.params}
         return super().save(step, params, train, meta, force)
 
     def restore(
         self, params_abstract: Any, train_abstract: Any, step: int | None = None
     ) -> tuple[int, Any, Any, dict[str, Any]]:
-        if self._reference.every is None:
+        if self._reference.reset_every is None:
             return super().restore(params_abstract, train_abstract, step)
         both = {"rest": train_abstract, "reference": self._reference.abstract}
         step, params, train, meta = super().restore(params_abstract, both, step)

@@ -40,6 +40,6 @@ class BroRL(ReinforcePP):
         if self.base_rollouts is not None and self.base_rollouts < 1:
             raise ValueError(f"base_rollouts={self.base_rollouts}: choose 1 or more, or None")
 
-    def rate_scale(self, batch_size: int, num_generations: int) -> float:
+    def learning_rate_scale(self, batch_size: int, num_generations: int) -> float:
         base = batch_size * FEW if self.base_rollouts is None else self.base_rollouts
         return (batch_size * num_generations / base) ** 0.5

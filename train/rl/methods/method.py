@@ -90,7 +90,7 @@ class Method:
         """Policy loss; by default the clipped surrogate loss with the method's options."""
         return ClippedLoss(**{name: getattr(self, name) for name in LOSS_OPTIONS})
 
-    def rate_scale(self, batch_size: int, num_generations: int) -> float:
+    def learning_rate_scale(self, batch_size: int, num_generations: int) -> float:
         """Return the factor on the learning rate of the run's config; 1 by default.
 
         Args:

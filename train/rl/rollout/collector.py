@@ -75,7 +75,7 @@ class Collector:
         Raises:
             ValueError: The split has no problems.
         """
-        size = self._epoch if split == "train" else self._task.sizes[split]
+        size = self._epoch_size if split == "train" else self._task.sizes[split]
         if size is None:
             return [self._task.problem(split, start + offset) for offset in range(count)]
         if size < 1:
@@ -142,7 +142,7 @@ class Collector:
         """
         found: list[Problem] = []
         # Each epoch has a new order: up to 2 * epoch - 2 problems lie between two visits of one.
-        passed, most = 0, _ENDLESS_SKIPS if self._epoch is None else 2 * self._epoch - 1
+        passed, most = 0, _ENDLESS_SKIPS if self._epoch_size is None else 2 * self._epoch_size - 1
         while len(found) < count:
             [problem] = self.problems("train", self.position, 1)
             self.position += 1
@@ -162,7 +162,7 @@ class Collector:
         return found
 
     @property
-    def _epoch(self) -> int | None:
+    def _epoch_size(self) -> int | None:
         """Number of training problems in an epoch; None for an endless split without a pool."""
         size, pool = self._task.sizes["train"], self._config.pool
         return size if pool is None else pool if size is None else min(size, pool)

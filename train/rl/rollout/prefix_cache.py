@@ -67,8 +67,8 @@ class PrefixCache:
         responses: int,
     ):
         self._sampler, self._max_tokens, self._responses = sampler, max_tokens, responses
-        self._least = sampler.rows(batch) // _PARTS
-        least = sampler.rows(1)
+        self._least = sampler.padded_rows(batch) // _PARTS
+        least = sampler.padded_rows(1)
         of_row = row_bytes(sampler.policy, max_tokens, responses)
         fitting = int(max_bytes // of_row) // least * least
         if not fitting:
@@ -76,7 +76,7 @@ class PrefixCache:
                 f"cache_mib={max_bytes / 2**20:g} holds no prefix: {least} of {max_tokens} tokens "
                 f"take {least * of_row / 2**20:.3g} MiB: raise it"
             )
-        self.capacity = min(sampler.rows(useful), fitting)
+        self.capacity = min(sampler.padded_rows(useful), fitting)
         """Number of slots."""
         self._session: Any = None
         self._slots: collections.OrderedDict[Hashable, int] = collections.OrderedDict()
@@ -146,7 +146,7 @@ class PrefixCache:
                 self._free.append(self._slots.pop(key))
 
     def _rows(self, count: int) -> int:
-        return max(self._sampler.rows(count), self._least)
+        return max(self._sampler.padded_rows(count), self._least)
 
     def _prefill(self, prefixes: Sequence[Prefix], keys: jax.Array) -> None:
         sampler = self._sampler

@@ -27,7 +27,7 @@ class Sampling:
         temperature: Sampling temperature of tokens; 0 takes the most probable token.
         valid_vocab_size: Number of ids to sample from, counted from id 0.
         stop: Ids that end a response.
-        memory: Trigger policy, which decides when latents are woven, for a policy with a weaver.
+        trigger_policy: Rule that decides when latents are woven, for a policy with a weaver.
         top_p: Probability mass of nucleus sampling: the fewest most probable tokens with at least
             this mass are sampled from. None samples from all tokens, as in training.
     """
@@ -35,7 +35,7 @@ class Sampling:
     temperature: float
     valid_vocab_size: int
     stop: tuple[int, ...]
-    memory: memgen.TriggerPolicy = memgen.NeverInvoke()  # noqa: RUF009 (frozen)
+    trigger_policy: memgen.TriggerPolicy = memgen.NeverInvoke()  # noqa: RUF009 (frozen)
     top_p: float | None = None
 
 
@@ -85,7 +85,7 @@ class Sampler:
         self.request = memgen.make_request(
             self.policy,
             0,
-            sampling.memory,
+            sampling.trigger_policy,
             sampling.temperature,
             sampling.stop,
             sampling.valid_vocab_size,
@@ -112,7 +112,7 @@ class Sampler:
             more_tokens: Capacity of a row for tokens after the prompt.
             responses: Number of responses for whose latents a row has capacity.
         """
-        rows, many = len(source), self.rows(len(source))
+        rows, many = len(source), self.padded_rows(len(source))
         texts = [tuple(prompt) for prompt in prompts]
         capacity = (bucket(more_tokens, SHORTEST), responses)
         kept = self._kept
@@ -132,7 +132,7 @@ class Sampler:
     def _prefill(
         self, texts: Sequence[tuple[int, ...]], keys: jax.Array, capacity: tuple[int, int]
     ) -> "_Prefilled":
-        tokens, length = padded(texts, self.rows(len(texts)), 1)
+        tokens, length = padded(texts, self.padded_rows(len(texts)), 1)
         more_tokens, responses = capacity
         unused = jnp.broadcast_to(keys[0], tokens.shape[:1])  # `take_rows` sets the keys
         session = memgen.begin(
@@ -145,9 +145,9 @@ class Sampler:
     @property
     def weaves(self) -> bool:
         """Whether the trigger policy can weave latents into responses."""
-        return not isinstance(self.sampling.memory, memgen.NeverInvoke)
+        return not isinstance(self.sampling.trigger_policy, memgen.NeverInvoke)
 
-    def rows(self, count: int) -> int:
+    def padded_rows(self, count: int) -> int:
         """Round a number of rows up to the bucket that programs are compiled for."""
         return bucket(count, self._shards)
 
