@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from collections import Counter
 from functools import partial
 from types import SimpleNamespace
 from typing import Any, cast
@@ -16,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tiny import quick_model, random_tokens
 
 from thoughtbubbles import ModelConfig, PrefixRank, Thoughtbubbles
-from thoughtbubbles.attention import attend, attend_reference
+from thoughtbubbles.attention import Attend, attend, attend_reference
 from thoughtbubbles.kernels import attend_cudnn, attend_splash, splash_block
 from train.devices.attention import Attention, on_mesh, resolve
 from train.devices.hardware import libtpu_without_tpus
@@ -153,7 +154,7 @@ def test_the_kernel_gets_a_bias_only_where_keys_have_one():
 
 
 def test_a_model_is_the_same_with_the_kernel_on_a_mesh():
-    config = dataclasses.replace(TINY, num_layers=1, scan_layers=False)  # with scans: below
+    config = dataclasses.replace(TINY, num_layers=1, scan_layers=False, remat="dots")
     tokens, mesh = random_tokens(4, 12), make_mesh(MeshConfig(2, 2, 2))
     hooks = {"attend": on_mesh(KERNELS["splash"], mesh), "constrain": constrain_batch(mesh)}
     graphdef, state = nnx.split(hooked(config, **hooks))
@@ -226,6 +227,8 @@ def tpus():
 
 
 TPU_CALL = 'custom_call_target="tpu_custom_call"'
+CUDNN = "jax._src.cudnn.fused_attention_stablehlo"
+QUICK: Any = {"exec_time_optimization_effort": -1.0}
 
 
 @pytest.mark.slow
@@ -243,6 +246,48 @@ def test_the_kernel_compiles_for_tpus(tpus, name, shape):
     args, cotangent = jax.eval_shape(partial(inputs, *shape, jnp.bfloat16))
     jitted = jax.jit(partial(with_gradients, attend_splash), in_shardings=replicated(mesh))
     assert jitted.lower(args, cotangent).compile().as_text().count(TPU_CALL) == 3
+
+
+def recomputing(attend: Attend):
+    """Gradients of models whose blocks run the same kernel, and their arguments.
+
+    A single block and a scan of two with `remat="dots"`, and a scan of two with `remat="full"`.
+    """
+    small = ModelConfig(128, 128, num_layers=1, num_heads=1, mlp_dim=128, dtype="bfloat16")
+    scanned = dataclasses.replace(small, num_layers=2, scan_layers=True)
+    models = []
+    for config, remat in ((small, "dots"), (scanned, "dots"), (scanned, "full")):
+        config = dataclasses.replace(config, remat=remat, norm="rmsnorm", biases="none")
+        make = partial(Thoughtbubbles, config, attend=attend)
+        models.append(nnx.split(nnx.eval_shape(lambda make=make: make(rngs=nnx.Rngs(0)))))
+
+    def loss(states):
+        streams = [
+            nnx.merge(graphdef, state).run(jnp.zeros((1, 128), jnp.int32)).streams.x
+            for (graphdef, _), state in zip(models, states, strict=True)
+        ]
+        return jnp.square(jnp.stack(streams).astype(jnp.float32)).sum()
+
+    return jax.grad(loss), [state for _, state in models]
+
+
+# A program for chips that aren't here is cached, and can't be read back.
+@pytest.mark.filterwarnings("ignore:Error reading persistent compilation cache")
+def test_only_full_recomputation_runs_the_forward_kernel_again(tpus):
+    mesh = make_mesh(MeshConfig(), tpus("v5e:2x4")[:1])
+    gradients, states = recomputing(attend_splash)
+    lowered = jax.jit(gradients, in_shardings=replicated(mesh)).lower(states)
+    program = lowered.compile(compiler_options=QUICK).as_text()
+    calls = re.findall(rf"%splash_mha_([a-z]+)\S* = .*{TPU_CALL}", program)
+    assert Counter(calls) == {"fwd": 1 + 1 + 2, "dq": 3, "dkv": 3}
+
+
+def test_only_full_recomputation_runs_the_forward_call_of_cudnn_again(monkeypatch):
+    monkeypatch.setattr(f"{CUDNN}.check_cudnn_version", lambda: 91000)
+    gradients, states = recomputing(attend_cudnn)
+    traced = str(jax.make_jaxpr(gradients)(states))
+    calls = re.findall(r"= dot_product_attention_([a-z]+)", traced)
+    assert Counter(calls) == {"fwd": 1 + 1 + 2, "bwd": 3}
 
 
 def sharded_step(tpus, attention: Attention):
@@ -266,5 +311,4 @@ def test_a_sharded_step_runs_the_kernel_on_tpus(tpus):
     """Compiled: `python -m pytest -m experiment tests/test_attention.py`, 20 seconds."""
     _, lowered = sharded_step(tpus, "auto")
     # In each of the two scans: forward, again in the backward pass, and the two gradients.
-    quick = {"exec_time_optimization_effort": -1.0}
-    assert lowered.compile(compiler_options=quick).as_text().count(TPU_CALL) == 8
+    assert lowered.compile(compiler_options=QUICK).as_text().count(TPU_CALL) == 8

@@ -345,6 +345,7 @@ def test_full_remat_computes_the_forward_pass_again():
     plain = ModelConfig(64, 32, num_layers=4, num_heads=2, remat="full")
     logits = 2 * 128 * plain.embed_dim * plain.vocab_size
     assert plain.recomputed_flops(128) == plain.forward_flops(128) - logits
+    assert dataclasses.replace(plain, remat="dots").recomputed_flops(128) == 0
     without = dataclasses.replace(plain, nope_layers=(3,))
     assert without.recomputed_flops(128) == plain.recomputed_flops(128)
     copies = dataclasses.replace(plain, copies=3, merge="rightmost")

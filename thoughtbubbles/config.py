@@ -93,7 +93,7 @@ class ModelConfig(ArchitectureConfig):
         dtype: Dtype of the computation; parameters are float32 by default.
         scan_layers: Whether the blocks between fork layers run in a scan, which compiles faster.
         remat: Activations recomputed in the backward pass: "none", all but the results of linear
-            layers and of large attention without a kernel ("dots"), or all of them ("full").
+            layers and of attention that is large or by a kernel ("dots"), or all of them ("full").
     """
 
     vocab_size: int
@@ -332,13 +332,15 @@ class ModelConfig(ArchitectureConfig):
         return total + 2 * decoded * d * self.vocab_size
 
     def recomputed_flops(self, num_tokens: int) -> int:
-        """FLOPs that the backward pass of a row of tokens spends on recomputing forward results."""
-        if self.remat == "none":
+        """FLOPs that the backward pass of a row of tokens spends on recomputing forward results.
+
+        `remat="dots"` recomputes no product but those of small attention without a kernel, which
+        are not counted.
+        """
+        if self.remat != "full":
             return 0
         slots, wide = self.slots(num_tokens), self.num_heads * self.head_width
         mixing = sum(4 * visited_pairs(s) * wide for s in slots)
-        if self.remat == "dots":  # products of activations with activations are not kept
-            return mixing
         one_layer = dataclasses.replace(
             self, fork_layers=(), nope_layers=(), copies=1, num_layers=1
         )

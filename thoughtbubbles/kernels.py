@@ -22,6 +22,8 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
     splash_attention_mask as masks,
 )
 
+from thoughtbubbles.recompute import ATTENTION
+
 LANES = 128
 BLOCKS = (512, 384, 256)
 CUDNN_WIDTH = 8
@@ -87,7 +89,12 @@ def _splash_kernel(slots: int, heads: int, block: int, interpret: bool):
     # As NumPy arrays, the kernel's block lists are bound to no trace, device or mesh.
     with jax.ensure_compile_time_eval():
         kernel = splash.make_splash_mha(
-            causal, block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret
+            causal,
+            block_sizes=sizes,
+            head_shards=1,
+            q_seq_shards=1,
+            residual_checkpoint_name=ATTENTION,
+            interpret=interpret,
         )
         return jax.tree.map(np.asarray, kernel)
 

@@ -13,11 +13,21 @@ from thoughtbubbles.streams import Streams
 
 ATTENTION = "attention"
 """Name of the arrays of attention that `remat="dots"` stores (`jax.ad_checkpoint`)."""
+CUDNN_ATTENTION = "dot_product_attention_fwd"
+"""Prefix of the name of JAX's primitive of cuDNN's attention, whose results have no name."""
+_policies = jax.checkpoint_policies
+
+
+def _is_of_cudnn(primitive: Any, *_: Any, **_options: Any) -> bool:
+    """Policy that stores the output and the softmax statistics of cuDNN's attention."""
+    return primitive.name.startswith(CUDNN_ATTENTION)
+
+
 POLICIES = {
-    "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.save_from_both_policies(
-        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-        jax.checkpoint_policies.save_only_these_names(ATTENTION),
+    "full": _policies.nothing_saveable,
+    "dots": _policies.save_from_both_policies(
+        _policies.dots_with_no_batch_dims_saveable,
+        _policies.save_from_both_policies(_policies.save_only_these_names(ATTENTION), _is_of_cudnn),
     ),
 }
 
