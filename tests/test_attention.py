@@ -19,6 +19,7 @@ from tiny import quick_model, random_tokens
 from thoughtbubbles import ModelConfig, PrefixRank, Thoughtbubbles
 from thoughtbubbles.attention import Attend, attend, attend_reference
 from thoughtbubbles.kernels import attend_cudnn, attend_splash, splash_block
+from thoughtbubbles.recompute import once_known
 from train.devices.attention import Attention, on_mesh, resolve
 from train.devices.hardware import libtpu_without_tpus
 from train.devices.mesh import (
@@ -288,6 +289,23 @@ def test_only_full_recomputation_runs_the_forward_call_of_cudnn_again(monkeypatc
     traced = str(jax.make_jaxpr(gradients)(states))
     calls = re.findall(r"= dot_product_attention_([a-z]+)", traced)
     assert Counter(calls) == {"fwd": 1 + 1 + 2, "bwd": 3}
+
+
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_the_output_of_a_kernel_is_stored_in_one_layout(monkeypatch, tensor):
+    """Unless it depends on the gradient, XLA stores its transpose of the forward pass as well."""
+    seen = []
+
+    def recording(values, gradient):
+        seen.append(values.shape)
+        return once_known(values, gradient)
+
+    monkeypatch.setattr("thoughtbubbles.recompute.once_known", recording)
+    config = dataclasses.replace(TINY, num_layers=1, scan_layers=False, remat="dots")
+    mesh = make_mesh(MeshConfig(1, 1, tensor), jax.devices()[:tensor])
+    model = hooked(config, attend=on_mesh(KERNELS["splash"], mesh))
+    jax.eval_shape(logits_and_gradients, model, random_tokens(2, 12))
+    assert (2 * tensor, 4 // tensor, 128, 4) in seen
 
 
 def sharded_step(tpus, attention: Attention):

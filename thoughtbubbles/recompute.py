@@ -88,6 +88,11 @@ def recomputed(run: Callable[..., Streams], policy: Callable[..., Any]) -> Calla
                 if stored.shape[:rank] == of_slots:
                     ones = [1] * (stored.ndim - rank)
                     return once_known(stored, some.reshape(*of_slots, *ones))
+            if stored.ndim == 4 and batch and stored.shape[0] % batch == 0:
+                # Of a kernel: heads come before slots, and may be split together with the rows.
+                parts = stored.shape[0] // batch
+                of_rows = jnp.broadcast_to(some[:, :1], (batch, parts))
+                return once_known(stored, of_rows.reshape(-1, 1, 1, 1))
             return stored  # a weight
 
         return jax.tree.map(known, pull)(gradient)
