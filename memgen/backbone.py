@@ -90,7 +90,7 @@ class DecoderBackbone(Protocol):
         ...
 
     def unembed(self, hidden: jax.Array) -> jax.Array:
-        """Compute logits `[..., V]` float32 from hidden states `[..., D]`."""
+        """Compute logits `[..., V]` float32 from hidden states `[..., D]`, position by position."""
         ...
 
     def init_cache(self, batch: int, max_len: int) -> Any:

@@ -5,13 +5,13 @@ Each loss is returned as a sum and a count, so that losses of several batches ca
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 
 from memgen.backbone import DecoderBackbone
+from memgen.by_chunk import CHUNK, by_chunk
 from memgen.checks import check_by_token, check_decisions, checked_ids, checked_mask
 from memgen.insertion import Plan, up_to_response_end
 from memgen.model import MemGen, check_memgen
@@ -20,8 +20,6 @@ from memgen.placement import AnyArray
 if TYPE_CHECKING:
     from jax import Array
     from jaxtyping import Bool, Float, Int, Key
-
-CHUNK = 128
 
 
 def token_log_probs(
@@ -38,7 +36,8 @@ def token_log_probs(
     The log-probability of a target outside the vocabulary is NaN, with a gradient of 0.
 
     Logits are computed for `chunk` positions at a time, so no array `[B, L, V]` is materialized. A
-    chunk that is masked out in all rows is skipped.
+    chunk that is masked out in all rows is skipped. The logits are computed once if their head is
+    not differentiated, as in fine-tuning with an adapter, and again in the backward pass otherwise.
 
     Args:
         backbone: Decoder whose `unembed` gives the logits.
@@ -64,7 +63,7 @@ def token_log_probs(
             f"{jnp.shape(targets)}: give one vector for each target"
         )
 
-    def score(hidden, targets, mask):
+    def score(hidden, targets):
         logits = backbone.unembed(hidden) / temperature
         ids = jnp.arange(logits.shape[-1])
         if valid_vocab_size is not None:
@@ -73,43 +72,9 @@ def token_log_probs(
         log_probs = picked - jax.nn.logsumexp(logits, axis=-1)
         last = min(logits.shape[-1] - 1, jnp.iinfo(targets.dtype).max)  # more would wrap around
         known = (targets >= 0) & (targets <= last)
-        return jnp.where(mask, jnp.where(known, log_probs, jnp.nan), 0.0)
+        return jnp.where(known, log_probs, jnp.nan)
 
-    def part(hidden, targets, mask):
-        nothing = lambda *_: jnp.zeros_like(targets, jnp.float32)  # noqa: E731
-        return jax.lax.cond(mask.any(), score, nothing, hidden, targets, mask)
-
-    return by_chunk(part, (hidden, jnp.asarray(targets), loss_mask), chunk)
-
-
-def by_chunk(part: Callable[..., Any], values: Sequence[jax.Array], chunk: int = CHUNK) -> Any:
-    """Apply a function to arrays in chunks of positions, one chunk after the other.
-
-    The backward pass recomputes each chunk, so device memory holds the intermediate values of a
-    single chunk.
-
-    Args:
-        part: Function from chunks `[B, C, ...]` of `C` positions of the arrays to a pytree of
-            arrays `[B, C]`.
-        values: Arrays `[B, L, ...]` with `L` positions, the arguments of `part`.
-        chunk: Maximum number of positions of a chunk; at most `4096 / B` positions are used.
-
-    Returns:
-        Pytree of arrays `[B, L]`, in which the results of all chunks are concatenated.
-    """
-    batch, length = jnp.shape(values[0])[:2]
-    chunk = max(1, min(chunk, length, CHUNK * 32 // max(batch, 1)))
-    parts = -(-length // chunk)
-    padding = ((0, 0), (0, parts * chunk - length))
-
-    def in_parts(values: jax.Array) -> jax.Array:
-        values = jnp.pad(values, padding + ((0, 0),) * (values.ndim - 2))
-        return values.reshape(batch, parts, chunk, *values.shape[2:]).swapaxes(0, 1)
-
-    step = jax.checkpoint(lambda _, values: (None, part(*values)))
-    _, found = jax.lax.scan(step, None, tuple(map(in_parts, values)))
-    joined = lambda found: found.swapaxes(0, 1).reshape(batch, parts * chunk)  # noqa: E731
-    return jax.tree.map(lambda found: joined(found)[:, :length], found)
+    return by_chunk(score, (hidden, jnp.asarray(targets)), loss_mask, chunk)
 
 
 def sft_loss(

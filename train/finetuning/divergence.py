@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from memgen.losses import by_chunk
+from memgen.by_chunk import by_chunk
 from train.models.finetunable import FinetunableModel
 
 
@@ -30,15 +30,15 @@ def reference_kl(
     """
     targets, loss_mask = jnp.maximum(rows["tokens"], 0)[:, 1:], rows["loss_mask"][:, 1:]
 
-    def part(mine, theirs, targets, mask):
+    def compare(mine, theirs, targets):
         log_p = jax.nn.log_softmax(model.backbone.unembed(mine).astype(jnp.float32))
         log_q = jax.nn.log_softmax(reference.backbone.unembed(theirs).astype(jnp.float32))
         divergence = (jnp.exp(log_p) * (log_p - jax.lax.stop_gradient(log_q))).sum(axis=-1)
         # A masked sum, since a gather would move hidden states between devices.
         chosen = jnp.arange(log_p.shape[-1]) == targets[..., None]
         picked = jnp.where(chosen, log_p, 0).sum(axis=-1)
-        return jnp.where(mask, divergence, 0.0), jnp.where(mask, picked, 0.0)
+        return divergence, picked
 
     hidden = model.predictors(rows, key)
     before = jax.lax.stop_gradient(reference.predictors(rows))
-    return by_chunk(part, (hidden, before, targets, loss_mask))
+    return by_chunk(compare, (hidden, before, targets), loss_mask)

@@ -1,0 +1,107 @@
+"""Functions of single positions in chunks: values, derivatives, and the number of products."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from memgen import token_log_probs
+from memgen.by_chunk import by_chunk
+
+B, L, D, V, C = 2, 11, 4, 60, 4
+KEYS = jax.random.split(jax.random.key(0), 4)
+HIDDEN = jax.random.normal(KEYS[0], (B, L, D))
+TABLE = jax.random.normal(KEYS[1], (V, D))
+TARGETS = jax.random.randint(KEYS[2], (B, L), 0, V)
+WEIGHTS = jax.random.normal(KEYS[3], (B, L))
+MASK = jnp.arange(L) < jnp.array([[7], [3]])  # the last chunk is masked out
+
+
+class Head:
+    """A decoder's head, which is no pytree."""
+
+    def __init__(self, table: jax.Array):
+        self.table = table
+
+    def unembed(self, hidden: jax.Array) -> jax.Array:
+        return jnp.einsum("bcd,vd->bcv", hidden, self.table)
+
+
+def total(hidden, table, targets=TARGETS):
+    found = token_log_probs(Head(table), hidden, targets, MASK, chunk=C)  # pyright: ignore
+    return (WEIGHTS * found).sum()
+
+
+def plain_total(hidden, table):
+    log_probs = jax.nn.log_softmax(hidden @ table.T)
+    picked = jnp.take_along_axis(log_probs, TARGETS[..., None], axis=-1)[..., 0]
+    return jnp.where(MASK, WEIGHTS * picked, 0).sum()
+
+
+def close(found, expected):
+    jax.tree.map(
+        lambda f, e: np.testing.assert_allclose(f, e, rtol=2e-5, atol=2e-6), found, expected
+    )
+
+
+@pytest.mark.parametrize("moved", [(0,), (1,), (0, 1)], ids=["hidden", "head", "both"])
+def test_gradients_are_those_of_the_definition(moved):
+    expected = jax.value_and_grad(plain_total, moved)(HIDDEN, TABLE)
+    close(jax.value_and_grad(total, moved)(HIDDEN, TABLE), expected)
+    close(jax.jit(jax.value_and_grad(total, moved))(HIDDEN, TABLE), expected)
+    close(jax.value_and_grad(jax.jit(total), moved)(HIDDEN, TABLE), expected)
+
+
+def test_a_frozen_head_is_multiplied_twice():
+    """Once for the logits and once for the gradient of the hidden states."""
+
+    def products(moved: int | tuple[int, ...]) -> int:
+        program = jax.jit(jax.value_and_grad(total, moved)).lower(HIDDEN, TABLE).compile()
+        return str(program.as_text()).count(" dot(")
+
+    assert (products(0), products(1), products((0, 1))) == (2, 3, 4)
+
+
+def test_other_transforms():
+    with_table = functools.partial(total, table=TABLE)
+    plain = functools.partial(plain_total, table=TABLE)
+    change = jnp.cos(HIDDEN)
+    close(jax.jvp(with_table, (HIDDEN,), (change,)), jax.jvp(plain, (HIDDEN,), (change,)))
+    both = (HIDDEN, TABLE), (change, jnp.sin(TABLE))
+    close(jax.jvp(total, *both), jax.jvp(plain_total, *both))
+    second = lambda of: jax.jvp(jax.grad(of), (HIDDEN,), (change,))  # noqa: E731
+    close(second(with_table), second(plain))
+    several = jnp.stack([HIDDEN, change])
+    close(jax.vmap(jax.grad(with_table))(several), jax.vmap(jax.grad(plain))(several))
+
+
+def test_no_target_is_no_gradient_and_masked_chunks_are_skipped():
+    wrong = TARGETS.at[0, 2].set(-1)
+    found, slope = jax.value_and_grad(total)(HIDDEN, TABLE, wrong)
+    assert (
+        np.isnan(found) and not slope[0, 2].any() and np.isfinite(slope).all() and slope[0, 1].any()
+    )
+    hidden = HIDDEN.at[:, 8:].set(jnp.nan)
+    close(jax.value_and_grad(total)(hidden, TABLE), jax.value_and_grad(total)(HIDDEN, TABLE))
+
+
+def test_several_results_each_with_its_derivative():
+    def results(table, hidden, other, targets):
+        log_p, log_q = (jax.nn.log_softmax(h @ table.T) for h in (hidden, other))
+        picked = jnp.take_along_axis(log_p, targets[..., None], axis=-1)[..., 0]
+        return {"kl": (jnp.exp(log_p) * (log_p - log_q)).sum(axis=-1), "picked": picked}
+
+    def weighted(of, hidden, other, table):
+        found = of(functools.partial(results, table), (hidden, other, TARGETS))
+        return (WEIGHTS * (found["kl"] + 2 * found["picked"] ** 2)).sum()
+
+    chunks = functools.partial(weighted, lambda of, values: by_chunk(of, values, MASK, C))
+    whole = functools.partial(
+        weighted, lambda of, values: jax.tree.map(lambda x: jnp.where(MASK, x, 0), of(*values))
+    )
+    other = HIDDEN[::-1]
+    for moved in (0, 1, (0, 1), (0, 2)):
+        found = jax.value_and_grad(chunks, moved)(HIDDEN, other, TABLE)
+        close(found, jax.value_and_grad(whole, moved)(HIDDEN, other, TABLE))
