@@ -342,6 +342,15 @@ def test_hidden_facts_are_not_in_the_prompt():
         ("\\[\\sqrt{2} - 3\\]", None), ("$$\nx - 3\n$$", None), ("$\\frac{x}{2} - 3$", None),
         ("\\boxed{3 - \\pi}", None), ("$\\frac{3}{4} - \\pi$", None), ("$x - 3$ is 5", "5"),
         ("$2x - 3 = - 5$", "-5"), ("$x - 3 \\to \\boxed{- 5}$", "-5"), ("$$\n- 3\n$$", "-3"),
+        ("$x \\ge - 3$", "-3"), ("$x\\ge-3$", "-3"), ("$x > - 3$", "-3"), ("x \\approx - 3", "-3"),
+        ("$x\\le3$", "3"), ("$x \\theta - 3$", None), ("- 5 pears", "-5"), ("1. - 7", "7"),
+        ("from $5 up to $ 6", "6"), ("costs $3 and then $4", "4"), ("$3 or so, Tom - 4 A$", "4"),
+        ("$5 up to ($ 6)", "6"), ("$3 for (Tom - 4 ($))", "4"), ("US$3 (Tom - 4 (US$", "4"),
+        ("<answer>- 5</answer>", "-5"), ("- $ 5", "-5"), ("1. -7", "-7"), ("(\\text{- 5})", "-5"),
+        ("-$5$", "-5"), ("½0", None), ("¾35%", None), ("5 is 2\\pi", None), ("3 \\times 4", None),
+        ("#### 2\\sqrt{3}", None), ("\\sqrt[3]{8}", None), ("\\frac{\\frac{1}{2}}{3}", None),
+        ("a_{5}", None), ("3\\ 4", "4"), ("x^{2} 100", "100"), ("add 1/2 100 times", "100"),
+        ("5 - -3", None), ("$x -3$", None), ("3.141\\,592", "3.141592"), ("5 1 000", "1000"),
     ],
 )  # fmt: skip
 def test_final_numbers(text, number):
@@ -368,7 +377,8 @@ def test_final_numbers(text, number):
         ("-\\frac{3}{4}", "-3/4"), ("- \\frac{3}{4}", "-3/4"), ("- 3", "-3"), ("−\u00a0½", "-1/2"),
         ("- $5", "-5"), ("- \\$5", "-5"), ("$- 5$", "-5"), ("$ - 5$", "-5"), ("(- 5)", "-5"),
         ("5 - ½", None), ("x - 3", None), ("+ 3", "3"), ("- - 3", None), ("$50\\%$", "50"),
-        ("5 millions", None),
+        ("5 millions", None), ("- 5 pears", "-5"), ("½0", None), ("**½**", "1/2"),
+        ("5\\text{ cm}", "5"), ("\\[ 5 \\]", "5"), ("- $ 5", "-5"), ("3 \\ge", None),
         ("1e999999999", None), ("9" * 101, None), ("٣", None), ("five", None), ("", None),
     ],
 )  # fmt: skip
@@ -385,7 +395,7 @@ def test_long_texts_are_read_quickly():
     begin = time.process_time()
     for piece in ("9", "9,", "1,000", "#### ", "-", "$-", "1.", "x\n", "\\frac{", " ", "- 3"):
         final_number(piece * (300_000 // len(piece)))
-    for piece in ("- ", "$x - ", "\\boxed{", "\\boxed{{a} ", "\\(", "\\[x", "$$", "\n- 3"):
+    for piece in ("- ", "$x - ", "\\boxed{", "\\boxed{{a} ", "\\(", "\\[x", "$$", "\n- 3", "$ "):
         final_number(piece * (100_000 // len(piece)))
     assert time.process_time() - begin < 5
 

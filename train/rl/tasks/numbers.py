@@ -1,4 +1,10 @@
-"""Parsing of numbers in texts as exact fractions; ambiguous texts are rejected."""
+"""Parsing of numbers in texts as exact fractions; ambiguous texts are rejected.
+
+A text is read in three steps. `_TOKEN` splits it into tokens, and each token is written as one
+letter for its kind, so that `x = - 3 km.` becomes `w = - n w.`. `_SIGNS` then joins signs to their
+numbers (`w = -_n w.`), and the sides of an expression: `5 - 3`, or `n - n`, becomes `n×××n`.
+`_AMOUNT` is the grammar of a number with its sign, currency and unit, in the same letters.
+"""
 
 from __future__ import annotations
 
@@ -7,17 +13,6 @@ import unicodedata
 from fractions import Fraction
 
 _LONGEST = 100  # characters of a number; Python refuses integers of some thousand digits
-
-_SPACES = " \u00a0\u2009\u202f"
-_DIGITS = r"(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]{1,3}(?:['\u2019][0-9]{3})+|[0-9]+)"
-_DECIMAL = rf"(?:{_DIGITS}(?:\.[0-9]*)?|\.[0-9]+)"
-# \w has raised and lowered digits too: 10³ is no 10, but 5 CO₂ are 5.
-_UNIT = r"(?:(?:[kcm]?m|ft|in)\^?[23]|[^\W\d_¹²³\u2070-\u209c][^\W\d_]*)"
-_NUMBER = re.compile(
-    r"(?P<sign>[-+]?)[$€£¥]?(?P<inner>[-+]?)"
-    rf"(?:(?P<mixed>{_DIGITS})&)?(?P<top>{_DECIMAL})(?:/(?P<bottom>{_DECIMAL}))?"
-    rf"(?:\s?[%°$€£¥]|\s?°?(?P<unit>{_UNIT}(?:(?:/|\s|\sper\s){_UNIT}){{0,4}}))?"
-)
 
 # Words that change the value of the number before them, or announce a second number.
 _MULTIPLIERS = frozenset(
@@ -31,41 +26,82 @@ _NO_UNITS = _MULTIPLIERS | frozenset(
      "rd"]
 )  # fmt: skip
 
-_LATEX = (
-    (re.compile(r"\\(?:text|mathrm|mathbf)\{([^{}]*)\}(?=\^)"), r" \1"),  # cm^2 is one word
-    (re.compile(r"\^\{?\\circ\b\}?"), "°"),
-    (re.compile(r"\\sqrt\{([^{}]*)\}"), lambda found: f" √{found[1].strip()} "),
-    (
-        re.compile(r"([-+]?)\\[dt]?frac\{([^{}]*)\}\{([^{}]*)\}"),
-        lambda found: f"{found[1] or ' '}{found[2].strip()}/{found[3].strip()} ",
-    ),
-    (re.compile(r"\^\{([^{}]*)\}"), lambda found: f"^{found[1].strip()}"),
-    (re.compile(r"\{,\}"), ","),
-    (re.compile(r"\\([$%])"), r"\1"),
-    (re.compile(r"\\[,;! ]"), ""),
-    (re.compile(r"\\(?:boxed|text|mathrm|mathbf)\b|[{}\\]"), " "),
+_SPACE = r"(?:[ \u00a0\u2009\u202f]|\\[,;! ])"
+_DIGITS = r"(?:[0-9]{1,3}(?:(?:,|\{,\})[0-9]{3})+|[0-9]{1,3}(?:['\u2019][0-9]{3})+|[0-9]+)(?![0-9])"
+_WHOLE = rf"(?>[1-9][0-9]{{0,2}}(?:{_SPACE}[0-9]{{3}})+(?![0-9])|{_DIGITS})"
+_PART = r"\.[0-9]+(?:\\,[0-9]{3})*"
+_DECIMAL = rf"(?:{_WHOLE}(?:{_PART})?|(?<!\.){_PART})"
+_OVER = rf"{_SPACE}?[/\u2044]{_SPACE}?(?:{_DIGITS}(?:{_PART})?|{_PART})"
+_SIGN = rf"[-+\u2212]{_SPACE}*"
+_FRACTION = rf"(?:[¼-¾⅐-⅞]|\\[dt]?frac\{{\s*(?:{_SIGN})?{_DECIMAL}\s*\}}\{{\s*{_DECIMAL}\s*\}})"
+_BRACES = r"\{(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*\}"
+_POWER = r"\^?(?:[23]|\{[23]\})(?!\w)"
+_LETTER = r"[^\W\d_¼-¾⅐-⅞]"  # \w has raised and lowered digits too: 10³ is no 10, 5 CO₂ are 5
+_TOKEN = re.compile(
+    rf"""
+    [^\w\s\\^.~$]  # characters that begin no other token, first for speed
+    # w, a word: cm^2 and \text{{cm}}^2 too
+  | (?P<w> (?:[kcm]?m|ft|in){_POWER} | \\(?:text|mathrm|mathbf)\{{\s*{_LETTER}+\s*\}}(?=\^){_POWER}
+      | (?![¹²³\u2070-\u209c]){_LETTER}+)
+    # n, a number without its sign: 2½ or 2\frac{{1}}{{2}}, 1 1/2, .5 or 3/4, ½ or \frac{{1}}{{2}}
+  | (?P<n> {_WHOLE}{_SPACE}{{0,2}}(?!\\[dt]?frac\{{\s*{_SIGN}){_FRACTION}
+      | {_WHOLE}{_SPACE}{{1,2}}[0-9]+{_OVER} | {_DECIMAL}(?:{_OVER})? | {_FRACTION})
+  | \^(?:\\circ|\{{\\circ\}})
+    # N if it has digits, else x: x^{{2}}, \sqrt{{3}}, \frac{{x}}{{2}}
+  | (?P<compound> (?:[_^] | \\(?:[dt]?frac|binom|sqrt(?:\[[^\[\]]*\])?))(?:{_BRACES})+)
+    # a space, or the end of a line
+  | (?P<gap> (?:[\s~] | \\(?![a-zA-Z$%{{}}()\[\]])[,;:!\ \\]?)+)
+    # as `_KINDS` says; others are x, or an opening if they are commands with an argument
+  | \\[a-zA-Z]+\{{? | \$\$ | \\?.
+    """,
+    re.VERBOSE | re.DOTALL,
 )
-_FRACTION_SIGN = re.compile("([-+]?)([¼-¾⅐-⅞])")
-_THOUSANDS = re.compile(
-    rf"(?<![0-9.,/:'])(?<![0-9][{_SPACES}])([1-9][0-9]{{0,2}})((?:[{_SPACES}][0-9]{{3}})+)(?![0-9])"
-)
-_MIXED = re.compile(r"(?<![0-9./:,])([0-9]+)[ \u00a0]{1,2}([0-9]+[ ]?/[ ]?[0-9])")
+_KINDS = {
+    token: kind
+    for kind, tokens in {
+        "-": "- + \u2212",
+        "*": "*",
+        "/": "/",
+        "×": r"× ÷ ^ \times \cdot \div",
+        "=": r"= ≈ ≠ ≤ ≥ \ge \geq \geqslant \le \leq \leqslant \gt \lt \ne \neq \approx \sim \equiv"
+        r" \in \to \rightarrow \Rightarrow \implies",
+        "<": "< >",
+        "$": "$ $$",
+        "€": r"\$ € £ ¥",
+        "%": r"% \% ° ^\circ ^{\circ}",
+        "{": r"{ \{ \( \[ \boxed \text \mathrm \mathbf",
+        "}": r"} \} \) \]",
+        "(": "( [",
+        ")": ") ]",
+        ",": r", ; : \left \right",
+        ".": ". ! ? # |",
+        "'": "` \" ' _ “ ” ‘ ’",
+    }.items()
+    for token in tokens.split()
+}
 _FORMULA = re.compile(
-    r"\\boxed\{(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*\}|\$\$[^$]+\$\$"
-    r"|(?<!\\)\$(?:[^$\\\n]|\\.)+(?<!\s)\$(?![0-9])"  # but not from $5 to $6
-    r"|\\\((?:[^\\]|\\[^()])*\\\)|\\\[(?:[^\\]|\\[^\[\]])*\\\]"
+    rf"(\\boxed{_BRACES}|\$\$[^$]+\$\$|\\\((?:[^\\]|\\[^()])*\\\)|\\\[(?:[^\\]|\\[^\[\]])*\\\]"
+    # Money is no formula: from $5 to $6, from $5 up to ($ 6), US$5 or 6 US$.
+    r"|(?<![\\A-Z0-9])\$(?![0-9.,]+ [a-zA-Z]+ [a-zA-Z]+)(?:[^$\\\n]|\\.)+"
+    r"(?<![\s(\[{=+\-*])\$(?![0-9]))"
 )
-_GAP = rf"(?:[{_SPACES}\t]|\\[,;! ])"
-_SPACED_SIGN = re.compile(rf"([-+]){_GAP}+")
-# Ends of the text before a sign that belongs to the number behind it, and that of a number.
-_OPENING = re.compile(
-    rf"(?:^[\s$\\]*[*_`\"'“‘$\\]*|(?:####|[=(\[{{])(?:{_GAP}|[*_`\"'“‘$\\])*|(?<![^\s(\[{{=:*])\$+)\Z"
+_FORMULA_KINDS = str.maketrans("-\n", "± ")  # a sign in a formula is ±: it is no dash
+_SIGNS = re.compile(
+    r"""
+    (?<=[nN])\ ?[%$€}]*\ ?[-±*×/][\ $€]*+(?=n|[-±][\ $€]*n)  # an operator between numbers
+  | (?P<opening> (?:[={(][\ $€]*+(?:['*]+[$€]*)? | [$€<])(?=-[\ $€]*n)
+      | [={(<,$][\ '*€]*(?=±) ) [-±]\ ?                       # a sign of a number
+  | \ ?±\ ?                                                    # an operator in a formula
+    """,
+    re.VERBOSE,
 )
-_OPERAND = re.compile(rf"[0-9¼-¾⅐-⅞]{_GAP}?[%°$€£¥}}\\]*{_GAP}*\Z")
-_AMOUNT = re.compile(r"[\\$€£¥]*(?:\.?[0-9]|[dt]?frac\b|[¼-¾⅐-⅞])")
-_ITEM = re.compile(rf"\n{_GAP}{{0,20}}[-+]{_GAP}")
-_OPERATOR = re.compile(r"(?<=[0-9])[ \t]?([-+*×÷/^])[ \t]?(?=[0-9])")
-_OUTSIDE = "()[]*_`\"'“”‘’.,;:!?#~≈|"
+_AMOUNT = re.compile(
+    r"""
+    (?:[{}$€][\ \n]?|[().,'*])*+ (?:-_?(?:[$€]+\ ?)?)? (?P<number>n) \.?
+    (?:[\ \n{}]*(?:[%$€] | %?w(?:[\ \n{}/]+w){0,4}))? [\ \n{}().,'*$€]*
+    """,
+    re.VERBOSE,
+)
 
 
 def read_number(text: str) -> Fraction | None:
@@ -76,18 +112,21 @@ def read_number(text: str) -> Fraction | None:
     are ignored, so 50 % is 50. None is returned for a text with a second number, a word for a
     multiple (5 million), an exponent, a time of day or an expression.
 
-    A sign may have spaces behind it (`- 3`).
+    A sign may have spaces behind it: `- 3` is -3, and so is the only item of a list, `- 3 pears`.
     """
-    return _value(_normal(text).strip())
+    kinds, tokens = _read(text)
+    return _value(kinds, tokens, 0, len(kinds))
 
 
 def final_number(text: str) -> str | None:
-    """Return the final number of a text: the first after its last `####`, or else the last one.
+    r"""Return the final number of a text: the first after its last `####`, or else the last one.
 
-    A sign with spaces behind it belongs to the number at the beginning of the text, unless a list
-    begins there, and behind `####`, `=` and the openings `(`, `[`, `{` and `$`. Behind a number it
-    makes an expression, which is no number; in a box or a formula (`$...$`) behind anything. It is
-    a dash elsewhere: behind words, colons and closing brackets, and where a line begins.
+    A sign with spaces behind it belongs to the number at the beginning of the text, and behind
+    `####`, `=`, `\ge` and other relations, and the openings `(`, `[`, `{` and `$`. A text that
+    begins with `- ` is a list only if another line does so too: `- 5 pears` is -5, and with a next
+    line `- or so` it is 5. Behind a number the sign makes an expression, which is no number; in a
+    box or a formula (`$...$`) behind anything. It is a dash elsewhere: behind words, colons and
+    closing brackets, and where a line begins.
 
     The result is normalised (`number_text`), so equal numbers give equal texts: `$1,072.50` gives
     `1072.5`, and `4/6` gives `2/3`. The result is None if the text has no number, or if the word
@@ -95,12 +134,13 @@ def final_number(text: str) -> str | None:
     """
     _, mark, after = text.rpartition("####")
     for part, index in ((after if mark else "", 0), (text, -1)):
-        words = _words(part)
-        found = [n for n, word in enumerate(words) if _has_number(word)]
-        if found:
-            place = found[index]
-            scaled = words[place + 1 : place + 2] and words[place + 1].lower() in _MULTIPLIERS
-            value = None if scaled else _value(words[place])
+        kinds, tokens = _read(part)
+        words = re.finditer(r"(?:(?<=[-_])[$€]\ (?=n)|[^ \n={}<])+", kinds)
+        spans = [word.span() for word in words if {"n", "N"} & set(word[0])]
+        if spans:
+            begin, end = spans[index]
+            multiplied = tokens[kinds.find("w", end)].lower() in _MULTIPLIERS
+            value = None if multiplied else _value(kinds, tokens, begin, end)
             return None if value is None else number_text(value)
     return None
 
@@ -128,76 +168,51 @@ def number_text(value: Fraction) -> str:
     return "-" * (value < 0) + whole + f".{part}" * bool(places)
 
 
-def _normal(text: str) -> str:
-    """Rewrite a text so that numbers have no spaces; a mixed number gets `&` between its parts."""
-    text = text.replace("\u2212", "-").strip()
-    text = _signed(_FORMULA.sub(lambda found: _signed(found[0], formula=True), text))
-    for pattern, by in _LATEX:
-        text = pattern.sub(by, text)
-    fraction = lambda found: f"{found[1] or ' '}{unicodedata.normalize('NFKC', found[2])}"  # noqa: E731
-    text = _FRACTION_SIGN.sub(fraction, text).replace("\u2044", "/")
-    text = _THOUSANDS.sub(lambda found: re.sub(rf"[{_SPACES}]", "", found[0]), text)
-    text = _MIXED.sub(r"\1&\2", text)
-    text = "∓".join(part.strip() for part in text.split("∓"))
-    return _OPERATOR.sub(r"\1", text)
+def _read(text: str) -> tuple[str, list[str]]:
+    """Return the kinds of a text's tokens, one letter each, and the tokens; one more at each end.
 
-
-def _signed(text: str, formula: bool = False) -> str:
-    """Join signs with the numbers behind them, and write ∓ for those that add or subtract.
-
-    Args:
-        text: Text, or a formula with its delimiters.
-        formula: Whether the text is a formula, in which no sign is a dash.
+    The text stands behind an opening, `{`, or behind the end of a line if it is a list.
     """
-
-    def sign(found: re.Match[str]) -> str:
-        start, end = found.span()
-        before = text, max(0, start - 20), start
-        if not formula and not _AMOUNT.match(text, end):
-            return found[0]
-        if _OPENING.search(*before):
-            return found[0] if start == 0 and _ITEM.search(text) else found[1]
-        return "∓" if formula or _OPERAND.search(*before) else found[0]
-
-    return _SPACED_SIGN.sub(sign, text)
-
-
-def _words(text: str) -> list[str]:
-    """Split a text into words without the punctuation around them."""
-    words = re.split(r"[\s=<>]+", _normal(text))
-    return [_stripped(word) for word in words]
+    kinds, tokens = "{", [""]
+    for place, part in enumerate(_FORMULA.split(text.strip())):
+        letters = []
+        for token in _TOKEN.finditer(part):
+            tokens.append(token[0])
+            letters.append(_KINDS.get(token[0]) or _kind(token))
+        letters = "".join(letters)
+        kinds += letters.translate(_FORMULA_KINDS) if place % 2 else letters
+    if kinds.startswith("{- ") and "\n- " in kinds:
+        kinds = f"\n{kinds[1:]}"
+    return f"{_SIGNS.sub(_joined, kinds)}\n", [*tokens, ""]
 
 
-def _has_number(word: str) -> bool:
-    """Return whether a word has a digit and is not just a unit such as m^2."""
-    return re.search("[0-9]", word) is not None and not re.fullmatch(_UNIT, word)
+def _kind(token: re.Match[str]) -> str:
+    match token.lastgroup:
+        case "gap":
+            return "\n" if "\n" in token[0] else " "
+        case "compound":
+            return "N" if re.search("[0-9]", token[0]) else "x"
+        case None:
+            return "{" if token[0].endswith("{") else "x"
+        case letter:
+            return letter
 
 
-def _stripped(word: str) -> str:
-    word = word.rstrip(f"{_OUTSIDE}$ \t\n")
-    begin = word.lstrip(_OUTSIDE)
-    before = word[: -len(begin)]
-    if before.endswith(".") and not before.endswith(".."):  # one point belongs to a decimal
-        return f".{begin}"
-    if begin.startswith("$"):  # of a formula such as $\$5$, whose marks go
-        begin = re.sub(r"^\$+(?=[-+]?\$)|(?<=^\$) +(?=[-+])", "", begin)
-    return begin
+def _joined(found: re.Match[str]) -> str:
+    opening, length = found["opening"], len(found[0])
+    return "×" * length if opening is None else f"{opening}-".ljust(length, "_")
 
 
-def _value(text: str) -> Fraction | None:
-    text = _stripped(text)
-    found = _NUMBER.fullmatch(text) if len(text) <= _LONGEST else None
-    if found is None or (found["sign"] and found["inner"]):
+def _value(kinds: str, tokens: list[str], begin: int, end: int) -> Fraction | None:
+    """Return the value of tokens that are one number with its sign and unit; None for others."""
+    found = _AMOUNT.fullmatch(kinds, begin, end)
+    if found is None or len(number := tokens[found.start("number")]) > _LONGEST:
         return None
-    unit = (found["unit"] or "").lower()
-    if _NO_UNITS & set(re.split(r"[\s/]+", unit)) or (found["unit"] or "") in ("M", "K", "B"):
+    units = tokens[found.end("number") : end]
+    if _NO_UNITS & {unit.lower() for unit in units} or {"M", "K", "B"} & set(units):
         return None
-    top, bottom = (_decimal(found[name] or "1") for name in ("top", "bottom"))
-    if bottom == 0 or (found["mixed"] and not found["bottom"]):
-        return None
-    value = top / bottom + _decimal(found["mixed"] or "0")
-    return -value if "-" in found["sign"] + found["inner"] else value
-
-
-def _decimal(text: str) -> Fraction:
-    return Fraction(re.sub("[,'\u2019]", "", text).removesuffix("."))
+    number = re.sub("[¼-¾⅐-⅞]", lambda sign: f" {unicodedata.normalize('NFKC', sign[0])}", number)
+    parts = [re.sub("[^0-9.]", "", part) for part in re.findall(_DECIMAL, number)]
+    *whole, top, bottom = map(Fraction, parts if len(parts) > 1 else [*parts, "1"])
+    minus = re.findall("[-\u2212]", "".join(tokens[begin : found.end("number")]))
+    return (-1) ** len(minus) * (sum(whole) + top / bottom) if bottom else None
