@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import eval_jaxpr
 from jax.custom_derivatives import SymbolicZero
 
 from memgen.placement import AnyArray
 
 if TYPE_CHECKING:
-    from jaxtyping import Bool
+    from jaxtyping import Bool, Int
 
 CHUNK = 128
 
@@ -21,6 +22,7 @@ CHUNK = 128
 def by_chunk(
     function: Callable[..., Any],
     values: Sequence[AnyArray],
+    targets: Int[AnyArray, "B L"],
     mask: Bool[AnyArray, "B L"],
     chunk: int = CHUNK,
 ) -> Any:
@@ -28,14 +30,16 @@ def by_chunk(
 
     Device memory holds the intermediate values of a single chunk. If `values` alone are
     differentiated, each result is computed once, together with its derivative with respect to the
-    values of its position. These derivatives are stored; for hidden states they are `[B, L, D]` for
-    each result. If arrays that `function` closes over are differentiated too, the backward pass
-    computes the results of each chunk again.
+    values of its position. These derivatives are stored in the values' dtype; for hidden states
+    they are `[B, L, D]` for each result. If arrays that `function` closes over are differentiated
+    too, the backward pass computes the results of each chunk again.
 
     Args:
-        function: Function from arrays `[B, C, ...]`, the values of `C` positions, to a pytree of
-            float32 arrays `[B, C]`. Each result depends only on the values of its own position.
-        values: Arrays `[B, L, ...]`, the arguments of `function`.
+        function: Function from arrays `[B, C, ...]` and `[B, C]`, the values and the targets of `C`
+            positions, to a pytree of float32 arrays `[B, C]`. Each result depends only on the
+            values and the target of its own position.
+        values: Arrays `[B, L, ...]`, such as hidden states.
+        targets: Ids of the target tokens, placed on devices as the values are.
         mask: Mask that is True for the positions to compute. The results at other positions are 0.
             A chunk that is masked out in all rows is skipped.
         chunk: Maximum number of positions of a chunk; at most `4096 / B` positions are used.
@@ -52,11 +56,14 @@ def by_chunk(
         values = jnp.pad(values, padding + ((0, 0),) * (values.ndim - 2))
         return values.reshape(batch, parts, chunk, *values.shape[2:]).swapaxes(0, 1)
 
-    masks, chunks = in_parts(mask), [in_parts(jnp.asarray(value)) for value in values]
+    targets = jnp.asarray(targets)
+    masks = in_parts(mask & (targets == targets))  # placed as the targets are
+    chunks = [in_parts(jnp.asarray(value)) for value in (*values, targets)]
     first = [value[0] for value in chunks]
-    function, closed_over = jax.closure_convert(function, *first)
-    structure = jax.tree.structure(jax.eval_shape(function, *first, *closed_over))
-    found = _results(function, structure.num_leaves, closed_over, masks, chunks)
+    traced, shapes = jax.make_jaxpr(function, return_shape=True)(*first)
+    structure = jax.tree.structure(shapes)
+    # All that the function closes over, integers too: its tracers may be gone when it is derived.
+    found = _results(traced.jaxpr, structure.num_leaves, traced.consts, masks, chunks)
     joined = [result.swapaxes(0, 1).reshape(batch, parts * chunk)[:, :length] for result in found]
     return jax.tree.unflatten(structure, joined)
 
@@ -66,9 +73,9 @@ def _recomputed(function, count, closed_over, masks, chunks):
 
     def step(_, part):
         mask, values = part
-        results = lambda: _masked(function, mask, values, closed_over)  # noqa: E731
-        zeros = lambda: [jnp.zeros_like(mask, jnp.float32)] * count  # noqa: E731
-        return None, jax.lax.cond(mask.any(), results, zeros)
+        results = lambda mask, values: _masked(function, closed_over, mask, values)  # noqa: E731
+        zeros = lambda mask, _: [jnp.zeros_like(mask, jnp.float32)] * count  # noqa: E731
+        return None, jax.lax.cond(mask.any(), results, zeros, mask, values)
 
     return jax.lax.scan(jax.checkpoint(step), None, (masks, chunks))[1]
 
@@ -84,27 +91,26 @@ def _derivative(function, count, primals, tangents):
     moving = [index for index, tangent in enumerate(tangents[2]) if _moves(tangent)]
 
     def step(_, part):
+        def results(mask, values):
+            def of_moved(*moved):
+                given = dict(enumerate(values)) | dict(zip(moving, moved, strict=True))
+                return _masked(function, closed_over, mask, list(given.values()))
+
+            found, pull = jax.vjp(of_moved, *[values[index] for index in moving])
+            nothing = [jnp.zeros_like(mask, jnp.float32)] * count
+            one = jnp.ones_like(mask, jnp.float32)
+            return found, [pull([*nothing[:n], one, *nothing[n + 1 :]]) for n in range(count)]
+
+        def zeros(mask, values):
+            slopes = tuple(jnp.zeros_like(values[index]) for index in moving)
+            return [jnp.zeros_like(mask, jnp.float32)] * count, [slopes] * count
+
         mask, values = part
-        moved = [values[index] for index in moving]
+        return None, jax.lax.cond(mask.any(), results, zeros, mask, values)
 
-        def result(number, *moved):
-            given = dict(enumerate(values)) | dict(zip(moving, moved, strict=True))
-            return _masked(function, mask, list(given.values()), closed_over)[number]
-
-        def results():
-            found = [jax.vjp(functools.partial(result, n), *moved) for n in range(count)]
-            return [(result, pull(jnp.ones_like(result))) for result, pull in found]
-
-        def zeros():
-            return [(jnp.zeros_like(mask, jnp.float32), tuple(map(jnp.zeros_like, moved)))] * count
-
-        return None, jax.lax.cond(mask.any(), results, zeros)
-
-    _, found = jax.lax.scan(step, None, (masks, chunks))
+    _, (found, slopes) = jax.lax.scan(step, None, (masks, chunks))
     changes = [tangents[2][index] for index in moving]
-    return [result for result, _ in found], [
-        sum(map(_change, slopes, changes)) for _, slopes in found
-    ]
+    return found, [sum(map(_change, of_result, changes)) for of_result in slopes]
 
 
 def _derivative_again(function, count, primals, tangents):
@@ -125,8 +131,8 @@ def _moves(tangent):
     return type(tangent) is not SymbolicZero
 
 
-def _masked(function, mask, values, closed_over):
-    found = jax.tree.leaves(function(*values, *closed_over))
+def _masked(function, closed_over, mask, values):
+    found = eval_jaxpr(function, closed_over, *values)
     return [jnp.where(mask, result, 0.0) for result in found]
 
 

@@ -74,7 +74,7 @@ def token_log_probs(
         known = (targets >= 0) & (targets <= last)
         return jnp.where(known, log_probs, jnp.nan)
 
-    return by_chunk(score, (hidden, jnp.asarray(targets)), loss_mask, chunk)
+    return by_chunk(score, [hidden], targets, loss_mask, chunk)
 
 
 def sft_loss(

@@ -1,11 +1,13 @@
 """Functions of single positions in chunks: values, derivatives, and the number of products."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from memgen import token_log_probs
 from memgen.by_chunk import by_chunk
@@ -29,8 +31,12 @@ class Head:
         return jnp.einsum("bcd,vd->bcv", hidden, self.table)
 
 
+HEAD: Any = Head(TABLE)
+
+
 def total(hidden, table, targets=TARGETS):
-    found = token_log_probs(Head(table), hidden, targets, MASK, chunk=C)  # pyright: ignore
+    head: Any = Head(table)
+    found = token_log_probs(head, hidden, targets, MASK, chunk=C)
     return (WEIGHTS * found).sum()
 
 
@@ -94,14 +100,49 @@ def test_several_results_each_with_its_derivative():
         return {"kl": (jnp.exp(log_p) * (log_p - log_q)).sum(axis=-1), "picked": picked}
 
     def weighted(of, hidden, other, table):
-        found = of(functools.partial(results, table), (hidden, other, TARGETS))
+        found = of(functools.partial(results, table), hidden, other)
         return (WEIGHTS * (found["kl"] + 2 * found["picked"] ** 2)).sum()
 
-    chunks = functools.partial(weighted, lambda of, values: by_chunk(of, values, MASK, C))
+    chunks = functools.partial(weighted, lambda of, *values: by_chunk(of, values, TARGETS, MASK, C))
     whole = functools.partial(
-        weighted, lambda of, values: jax.tree.map(lambda x: jnp.where(MASK, x, 0), of(*values))
+        weighted,
+        lambda of, *values: jax.tree.map(lambda x: jnp.where(MASK, x, 0), of(*values, TARGETS)),
     )
     other = HIDDEN[::-1]
     for moved in (0, 1, (0, 1), (0, 2)):
         found = jax.value_and_grad(chunks, moved)(HIDDEN, other, TABLE)
         close(found, jax.value_and_grad(whole, moved)(HIDDEN, other, TABLE))
+
+
+def test_integers_that_are_traced_too():
+    """An int8 table, and the number of valid ids as an array."""
+    small = jnp.round(40 * TABLE).astype(jnp.int8)
+
+    def with_small(hidden, small, size):
+        head: Any = Head(small.astype(jnp.float32) / 40)
+        found = token_log_probs(head, hidden, TARGETS, MASK, valid_vocab_size=size, chunk=C)
+        return (WEIGHTS * found).sum()
+
+    expected = jax.grad(plain_total)(HIDDEN, small.astype(jnp.float32) / 40)
+    for of in (jax.jit(with_small), jax.checkpoint(with_small)):
+        close(jax.grad(of)(HIDDEN, small, jnp.int32(V)), expected)
+
+
+def test_a_mask_that_is_placed_otherwise_than_the_rows():
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Explicit,))
+    split = NamedSharding(mesh, PartitionSpec("data"))
+
+    def slopes(hidden, targets, weights):
+        mask = jnp.arange(L) < jnp.full((len(hidden), 1), 5)
+
+        def loss(hidden):
+            return (weights * token_log_probs(HEAD, hidden, targets, mask, chunk=C)).sum()
+
+        return jax.grad(loss)(hidden)
+
+    rows = HIDDEN, TARGETS, WEIGHTS
+    expected = slopes(*rows)
+    with jax.set_mesh(mesh):
+        close(jax.jit(slopes)(*jax.device_put(rows, split)), expected)
+        each = jax.shard_map(slopes, in_specs=split.spec, out_specs=split.spec)
+        close(jax.jit(each)(*jax.device_put(rows, split)), expected)

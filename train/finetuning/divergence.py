@@ -41,4 +41,4 @@ def reference_kl(
 
     hidden = model.predictors(rows, key)
     before = jax.lax.stop_gradient(reference.predictors(rows))
-    return by_chunk(compare, (hidden, before, targets), loss_mask)
+    return by_chunk(compare, [hidden, before], targets, loss_mask)
