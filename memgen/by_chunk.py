@@ -62,7 +62,7 @@ def by_chunk(
     first = [value[0] for value in chunks]
     traced, shapes = jax.make_jaxpr(function, return_shape=True)(*first)
     structure = jax.tree.structure(shapes)
-    # All that the function closes over, integers too: its tracers may be gone when it is derived.
+    # Integers that the function closes over too: their trace may have ended before the rule below.
     found = _results(traced.jaxpr, structure.num_leaves, traced.consts, masks, chunks)
     joined = [result.swapaxes(0, 1).reshape(batch, parts * chunk)[:, :length] for result in found]
     return jax.tree.unflatten(structure, joined)
@@ -85,6 +85,7 @@ _results: Any = jax.custom_jvp(_recomputed, nondiff_argnums=(0, 1))
 
 @functools.partial(_results.defjvp, symbolic_zeros=True)
 def _derivative(function, count, primals, tangents):
+    """Compute results and tangents; no slope depends on a tangent, so a forward pass stores it."""
     if any(map(_moves, tangents[0])):
         return _derivative_again(function, count, primals, tangents)
     closed_over, masks, chunks = primals
