@@ -146,3 +146,19 @@ def test_a_mask_that_is_placed_otherwise_than_the_rows():
         close(jax.jit(slopes)(*jax.device_put(rows, split)), expected)
         each = jax.shard_map(slopes, in_specs=split.spec, out_specs=split.spec)
         close(jax.jit(each)(*jax.device_put(rows, split)), expected)
+
+
+def test_a_trained_head_that_varies_as_the_rows_do():
+    """Devices skip other chunks; the gradient of the head is summed over devices once."""
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
+    rows = PartitionSpec("data")
+
+    def share(hidden, table, targets, mask, weights):
+        head: Any = Head(jax.lax.pcast(table, "data", to="varying"))
+        found = token_log_probs(head, hidden, targets, mask, chunk=C)
+        return jax.lax.psum((weights * found).sum(), "data")
+
+    specs = rows, PartitionSpec(), rows, rows, rows
+    each = jax.shard_map(share, mesh=mesh, in_specs=specs, out_specs=PartitionSpec())
+    found = jax.jit(jax.grad(each, (0, 1)))(HIDDEN, TABLE, TARGETS, MASK, WEIGHTS)
+    close(found, jax.grad(plain_total, (0, 1))(HIDDEN, TABLE))
